@@ -1,0 +1,33 @@
+"""What is refused, and the messages that a user can meet.
+
+Every refusal names the thing, the value that was found, and the cure. All are [`TomsparseError`][], which is a `ValueError`,
+so that notebooks that already catch bad values keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class TomsparseError(ValueError):
+    """Something that the user asked for cannot be done as asked; the message says what to do instead."""
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a value outside a closed list of names."""
+    if value not in choices:
+        raise TomsparseError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def check_kappa(kappa: float) -> None:
+    """Refuse a sparsity that is not a share of the weights."""
+    if not 0.0 <= kappa <= 1.0:
+        raise TomsparseError(
+            f"kappa={kappa!r} is outside [0, 1]; kappa is the share of each matrix's weights to choose, for example 1e-5."
+        )
+
+
+def check_positive(name: str, value: int) -> None:
+    """Refuse a count below one."""
+    if value < 1:
+        raise TomsparseError(f"{name}={value!r} must be at least 1.")

@@ -1,0 +1,1 @@
+"""Stories whose beliefs are computed: epistemic logic, scenarios, generation. No torch."""

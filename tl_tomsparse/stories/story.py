@@ -1,0 +1,84 @@
+"""What a story is: a text, and questions about it whose answers were computed by the epistemic logic.
+
+Plain data without torch. A question is asked by appending its `text` to the story's `text`; the answer and the other options
+are single nouns without the leading space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["reality", "memory", "belief"]
+Form = Literal["completion", "question"]
+Category = Literal["reality", "memory", "true_belief", "false_belief", "second_order"]
+CATEGORIES: tuple[Category, ...] = ("false_belief", "true_belief", "reality", "memory", "second_order")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one story.
+
+    Attributes:
+        kind: "reality" (where is it now), "memory" (where was it at first) or "belief".
+        agents: whose belief, outermost first: ("Anna",) for "Anna thinks ...", ("Anna", "Ben") for "Anna thinks that Ben
+            thinks ...". Empty for reality and memory.
+        text: the words that follow the story, up to but not including the answer.
+        form: "completion" (the answer completes a sentence) or "question" (a question, then an answer prompt).
+        answer: the right option.
+        options: the answer and the alternatives, in an order that says nothing about which is right.
+        true_belief: for a belief, whether what is believed is what is so; None for reality and memory.
+    """
+
+    kind: Kind
+    agents: tuple[str, ...]
+    text: str
+    form: Form
+    answer: str
+    options: tuple[str, ...]
+    true_belief: bool | None = None
+
+    @property
+    def order(self) -> int:
+        """The order of belief: 0 for reality and memory, 1 for "A thinks", 2 for "A thinks that B thinks"."""
+        return len(self.agents)
+
+    @property
+    def category(self) -> Category:
+        """The category under which the answer is reported."""
+        if self.kind == "reality":
+            return "reality"
+        if self.kind == "memory":
+            return "memory"
+        if self.order >= 2:
+            return "second_order"
+        return "true_belief" if self.true_belief else "false_belief"
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story and its questions.
+
+    Attributes:
+        id: unique within a set of one seed, split and scenario list; stable across platforms.
+        scenario: "transfer" (a thing is moved) or "contents" (a container holds something else than its label says).
+        condition: the control condition, for example "false_belief", "present", "informed".
+        split: "train", "dev" or "test": by combination of names, things and places.
+        wording: index of the set of sentence templates used.
+        text: the story itself, sentences separated by single spaces.
+        agents: everybody in it, in order of first mention.
+        questions: at least one.
+    """
+
+    id: str
+    scenario: str
+    condition: str
+    split: str
+    wording: int
+    text: str
+    agents: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+    def prompt(self, question: Question) -> str:
+        """The story followed by the question: what the model reads before the answer."""
+        return f"{self.text} {question.text}"
