@@ -1,0 +1,13 @@
+"""Settings for every test: no network, one thread, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers.utils import logging
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()

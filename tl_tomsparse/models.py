@@ -1,0 +1,202 @@
+"""`load_model`: the embedded model, a local directory, or a name on the Hugging Face hub.
+
+Models are loaded in evaluation mode with raw weights (no folded norms, no centring), eager attention, and
+their tokenizer. A `HookedTransformer` is converted by TransformerLens and offered only if its logits are
+those of the original model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tl_tomsparse._checks import TomsparseError, check_choice
+from tl_tomsparse._model import HookedTransformer
+
+Backend = Literal["bridge", "hooked"]
+EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED_NAME = "tomsparse-embedded"
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def load_model(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    backend: Backend = "bridge",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A model with its tokenizer, ready for every function of this package.
+
+    Args:
+        source: None for the embedded model; a Hugging Face directory, which is never looked for elsewhere; or
+            a hub name such as "EleutherAI/pythia-70m", from the local cache or the network.
+        backend: "bridge" for a `TransformerBridge`, "hooked" for a `HookedTransformer` (TransformerLens 3.9
+            only).
+        device: by default the GPU if there is one, else the CPU.
+        dtype: of the weights; half precision is slow on a CPU.
+
+    Returns:
+        `TransformerBridge` or `HookedTransformer`, in evaluation mode, weights not processed.
+
+    Raises:
+        TomsparseError: no such model or directory, something missing in it, no network, an architecture that
+            the backend does not have, or a conversion that changes the logits.
+    """
+    check_choice("backend", backend, ("bridge", "hooked"))
+    if backend == "hooked" and HookedTransformer is None:
+        raise TomsparseError(
+            'backend="hooked" needs HookedTransformer, which TransformerLens 4 no longer has; use backend="bridge", '
+            'or install "transformer-lens>=3.9,<4".'
+        )
+    if not dtype.is_floating_point:
+        raise TomsparseError(f"dtype={dtype} is not a floating-point type; use torch.float32.")
+    where = _resolve_device(device)
+    path, name = _resolve_source(source)
+    hf, tokenizer = _load_hf(path, dtype)
+    hf.to(where)
+    make = _make_bridge if backend == "bridge" else _make_hooked
+    try:
+        model = make(hf, tokenizer, path, where, dtype)
+    except TomsparseError:
+        raise
+    except Exception as error:  # TransformerLens raises many kinds, depending on what it does not know
+        raise TomsparseError(
+            f"TransformerLens cannot make a {backend} model of {path} ({hf.config.model_type}): "
+            f"{_first_line(error)}."
+        ) from error
+    model.cfg.model_name = name
+    return model.eval()
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise TomsparseError(f"device={str(device)!r} cannot be used here: {_first_line(error)}") from error
+    return where
+
+
+def _resolve_source(source: str | os.PathLike[str] | None) -> tuple[str, str]:
+    """The directory or hub name to load, and the name to give the model."""
+    if source is None:
+        if not (EMBEDDED / "config.json").exists():
+            raise TomsparseError("This installation has no embedded model; pass a directory or a hub name.")
+        return str(EMBEDDED), EMBEDDED_NAME
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _check_directory(path)
+        return str(path), path.resolve().name
+    if path.exists():
+        raise TomsparseError(f"{text} is a file; pass the directory that holds config.json and the weights.")
+    if not text or isinstance(source, os.PathLike) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise TomsparseError(f"There is no model directory {text!r}.")
+    return text, text.rsplit("/", 1)[-1]
+
+
+def _check_directory(path: Path) -> None:
+    config = path / "config.json"
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TomsparseError(f"{path} has no config.json; it is no Hugging Face model directory.") from None
+    except (OSError, ValueError) as error:
+        raise TomsparseError(f"{config} cannot be read: {_first_line(error)}") from error
+    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+        raise TomsparseError(f"{path} has no weights (model.safetensors); it is not a whole model directory.")
+    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+        raise TomsparseError(
+            f"{path} has no tokenizer (tokenizer.json); put it there with tokenizer.save_pretrained(directory)."
+        )
+
+
+def _load_hf(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    local = Path(path).is_dir()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
+        if getattr(config, "is_encoder_decoder", False):
+            raise TomsparseError(f"{path} is an encoder-decoder; only decoder-only models are supported.")
+        if getattr(config, "quantization_config", None) is not None:
+            raise TomsparseError(f"{path} is quantised, so no single weight can be edited; use the original.")
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        hf = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager", local_files_only=local
+        )
+    except TomsparseError:
+        raise
+    except Exception as error:  # transformers raises many kinds here
+        hint = "" if local else " If the name is right, check the network, or pass a local directory."
+        raise TomsparseError(f"{path!r} cannot be loaded: {_first_line(error)}.{hint}") from error
+    if not hf.config.architectures:
+        hf.config.architectures = [type(hf).__name__]  # TransformerLens chooses its adapter by it
+    return hf.eval(), tokenizer
+
+
+def _make_bridge(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype: torch.dtype) -> Any:
+    return TransformerBridge.boot_transformers(
+        path, hf_model=hf, tokenizer=tokenizer, device=str(device), dtype=dtype
+    )
+
+
+@torch.no_grad()
+def _make_hooked(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype: torch.dtype) -> Any:
+    import transformer_lens.loading_from_pretrained as loading
+
+    # TransformerLens reads the architecture from the config of a directory, but guesses it from names that
+    # contain "llama" or "gemma": a directory with a neutral name and nothing but the config avoids that.
+    with tempfile.TemporaryDirectory(prefix="tomsparse-") as neutral:
+        hf.config.save_pretrained(neutral)
+        cfg = loading.get_pretrained_model_config(
+            neutral, hf_cfg=hf.config.to_dict(), device=str(device), dtype=dtype, default_prepend_bos=False
+        )
+        state = loading.get_pretrained_state_dict(neutral, cfg, hf, dtype=dtype)
+    state = {key: value.detach().clone() for key, value in state.items()}  # nothing shared with the original
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    model.to(device, print_details=False)
+    _check_logits(hf, model, device)
+    return model
+
+
+def _check_logits(hf: Any, model: Any, device: torch.device) -> None:
+    """Refuse a conversion that changes the function; a few tens of positions show wrong rotary angles."""
+    length = min(64, int(model.cfg.n_ctx))
+    tokens = (torch.arange(length, device=device) * 7919).remainder(int(model.cfg.d_vocab))[None]
+    expected: Tensor = hf(tokens).logits.float()
+    found: Tensor = model(tokens, return_type="logits").float()
+    scale = expected.std()
+    error = float(((found - expected).abs().max() / scale).item())
+    tolerance = 1e-3 if hf.dtype in (torch.float32, torch.float64) else 0.2
+    if not error <= tolerance:
+        raise TomsparseError(
+            "TransformerLens' HookedTransformer of this model computes other logits than the original (largest "
+            f'difference {error:.2g} standard deviations); use backend="bridge".'
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
