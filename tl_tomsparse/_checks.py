@@ -7,6 +7,10 @@ so that notebooks that already catch bad values keep working.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tl_tomsparse._model import ModelIdentity
 
 
 class TomsparseError(ValueError):
@@ -31,3 +35,16 @@ def check_positive(name: str, value: int) -> None:
     """Refuse a count below one."""
     if value < 1:
         raise TomsparseError(f"{name}={value!r} must be at least 1.")
+
+
+def check_same_weights(thing: str, made_from: ModelIdentity, other: str, found: ModelIdentity) -> None:
+    """Refuse to bring together two things that are about different weights, such as a mask and a model."""
+    if not made_from.same_weights(found):
+        raise TomsparseError(
+            f"{thing} is about {_describe(made_from)}, but {other} is about {_describe(found)}. "
+            "Make both from one model, loaded with the same weights, dtype and processing."
+        )
+
+
+def _describe(identity: ModelIdentity) -> str:
+    return f"{identity.name!r} ({identity.basis} weights, fingerprint {identity.fingerprint[:12]})"
