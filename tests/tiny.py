@@ -152,4 +152,14 @@ def story(index: int = 0) -> Story:
         Question("reality", (), f"The {thing} is in the", "completion", last, options),
         Question("memory", (), f"At first the {thing} was in the", "completion", first, options),
     )
-    return Story(f"s{index}", "transfer", "false_belief", "test", 0, text, (name, other), questions)
+    return Story(
+        id=f"s{index}",
+        scenario="transfer",
+        condition="false_belief",
+        protagonist=name,
+        split="test",
+        wording="seen",
+        text=text,
+        agents=(name, other),
+        questions=questions,
+    )

@@ -374,8 +374,8 @@ class ModelView:
         """Refuse folded or centred weights unless they were asked for."""
         if self.basis == "processed" and not allow_processed:
             raise TomsparseError(
-                f"{self.name} has processed weights (folded norms or centred weights), in which Q and K are other "
-                "matrices than the model's own. Load it without processing (load_model, or "
+                f"{self.name} has processed weights (folded norms or centred weights), in which Q and K are "
+                "other matrices than the model's own. Load it without processing (load_model, or "
                 "from_pretrained_no_processing), or pass allow_processed=True to work in this basis."
             )
 
@@ -424,8 +424,8 @@ class ModelView:
             return False
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise TomsparseError(
-                f"{self.name} is quantised ({matrix} of layer {layer} is stored as {weight.dtype}); its weights "
-                "cannot be read or edited one by one. Load it in float32, bfloat16 or float16."
+                f"{self.name} is quantised ({matrix} of layer {layer} is stored as {weight.dtype}); its "
+                "weights cannot be read or edited one by one. Load it in float32, bfloat16 or float16."
             )
         if weight.device.type == "meta":
             raise TomsparseError(f"{self.name} has weights that are not loaded (device meta); load it whole.")
@@ -499,8 +499,8 @@ class ModelView:
                     break
             else:
                 reasons[matrix] = (
-                    f"in layer {layer} no hook point shows the product of its input and weight (if hooks that "
-                    "change activations are installed, call model.reset_hooks() first)"
+                    f"in layer {layer} no hook point shows the product of its input and weight (if hooks "
+                    "that change activations are installed, call model.reset_hooks() first)"
                 )
         if not self._sites:
             why = "; ".join(dict.fromkeys(reasons.values()))
@@ -530,8 +530,8 @@ def _check_kind(model: Any) -> None:
     kinds = (TransformerBridge,) if HookedTransformer is None else (TransformerBridge, HookedTransformer)
     if not isinstance(model, kinds):
         raise TomsparseError(
-            f"The model is a {type(model).__name__}; pass a TransformerLens TransformerBridge or HookedTransformer "
-            "with its weights in this process, for example load_model(name)."
+            f"The model is a {type(model).__name__}; pass a TransformerBridge or a HookedTransformer "
+            "of TransformerLens, with its weights in this process, for example load_model(name)."
         )
     config = getattr(getattr(model, "original_model", None), "config", None)
     if getattr(config, "is_encoder_decoder", False):

@@ -63,8 +63,8 @@ def load_model(
     check_choice("backend", backend, ("bridge", "hooked"))
     if backend == "hooked" and HookedTransformer is None:
         raise TomsparseError(
-            'backend="hooked" needs HookedTransformer, which TransformerLens 4 no longer has; use backend="bridge", '
-            'or install "transformer-lens>=3.9,<4".'
+            'backend="hooked" needs HookedTransformer, which TransformerLens 4 no longer has; use '
+            'backend="bridge", or install "transformer-lens>=3.9,<4".'
         )
     if not dtype.is_floating_point:
         raise TomsparseError(f"dtype={dtype} is not a floating-point type; use torch.float32.")
@@ -136,9 +136,9 @@ def _load_hf(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local)
         if getattr(config, "is_encoder_decoder", False):
-            raise TomsparseError(f"{path} is an encoder-decoder; only decoder-only models are supported.")
+            raise TomsparseError(f"{path} is an encoder-decoder; a decoder-only model is needed.")
         if getattr(config, "quantization_config", None) is not None:
-            raise TomsparseError(f"{path} is quantised, so no single weight can be edited; use the original.")
+            raise TomsparseError(f"{path} is quantised: no single weight can be edited. Use the original.")
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
         hf = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="eager", local_files_only=local
@@ -192,8 +192,8 @@ def _check_logits(hf: Any, model: Any, device: torch.device) -> None:
     tolerance = 1e-3 if hf.dtype in (torch.float32, torch.float64) else 0.2
     if not error <= tolerance:
         raise TomsparseError(
-            "TransformerLens' HookedTransformer of this model computes other logits than the original (largest "
-            f'difference {error:.2g} standard deviations); use backend="bridge".'
+            "TransformerLens' HookedTransformer of this model computes other logits than the original "
+            f'(largest difference {error:.2g} standard deviations); use backend="bridge".'
         )
 
 
