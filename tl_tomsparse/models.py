@@ -127,7 +127,7 @@ def _check_directory(path: Path) -> None:
         raise TomsparseError(f"{path} has no weights (model.safetensors); it is not a whole model directory.")
     if not any((path / name).exists() for name in _TOKENIZER_FILES):
         raise TomsparseError(
-            f"{path} has no tokenizer (tokenizer.json); put it there with tokenizer.save_pretrained(directory)."
+            f"{path} has no tokenizer (tokenizer.json); put it there with tokenizer.save_pretrained."
         )
 
 
