@@ -1,0 +1,197 @@
+"""One point of an experiment: what a model answers, and what text costs it, under one mask.
+
+    point = (model, operator, entries of the mask, questions, text) -> (chosen option and margin of each
+    question, NLL of each sample)
+
+A point's key is a digest of exactly that, so a point that was measured before (a mask that two arms share,
+an interrupted run) is recognised by its content and never by its place in a sweep. Measures turn right and
+wrong answers into counts by story, which accuracies, paired accuracies and the bootstrap by story are all
+computed from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_tomsparse._checks import TomsparseError, check_choice
+from tl_tomsparse._model import view
+from tl_tomsparse._prepared import Outcome, PreparedScoring, PreparedText
+from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.evaluate import tabulate
+from tl_tomsparse.mask import SparseMask
+from tl_tomsparse.stories.story import CATEGORIES, Story
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Operator = Literal["mean", "zero"]
+PointRecord = dict[str, Any]
+MEASURES = (*CATEGORIES, "paired")
+_DIGITS = 7  # of margins and losses, enough for float32; rounded always, so that a resumed run is the same
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What was measured under one mask.
+
+    Attributes:
+        outcome: the answers.
+        nll: negative log-probability of each text sample, nats.
+    """
+
+    outcome: Outcome
+    nll: NDArray[np.float64]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Which questions are answered right; a tie is wrong."""
+        return self.outcome.margin > 0
+
+
+class PointMeter:
+    """Measures points on fixed questions and text, each once.
+
+    Args:
+        model: unedited.
+        scoring: the questions.
+        text: the samples for perplexity.
+        operator: what an edit writes: "mean" of the unmasked entries of the same matrix, or "zero".
+        on_point: called with a JSON-able record after each newly measured point, to be stored.
+        resume: records stored by earlier runs; those that belong to other weights, masks, questions or text
+            are ignored.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scoring: PreparedScoring,
+        text: PreparedText,
+        *,
+        operator: Operator,
+        on_point: Callable[[PointRecord], None] | None = None,
+        resume: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        check_choice("operator", operator, ("mean", "zero"))
+        view(model).require_eval()
+        if view(model).active_edits:
+            raise TomsparseError("The model has an active edit; leave its `with` block before an experiment.")
+        self.model, self.scoring, self.text, self.operator = model, scoring, text, operator
+        self._on_point = on_point
+        self._base = f"{view(model).identity().fingerprint} {scoring.digest} {text.reads.digest}"
+        self._records: dict[str, Mapping[str, Any]] = {str(record["key"]): record for record in resume}
+        self._points: dict[str, Point] = {}
+
+    def measure(self, mask: SparseMask | None, label: str) -> Point:
+        """The point of a mask (None: the unedited model); `label` names it in errors."""
+        key = self._key(mask)
+        if key not in self._points:
+            if key not in self._records:
+                try:
+                    self._records[key] = self._record(key, mask)
+                except TomsparseError as error:
+                    raise TomsparseError(f"At {label}: {error}") from error
+                if self._on_point is not None:
+                    self._on_point(dict(self._records[key]))
+            self._points[key] = _read(self._records[key])
+        return self._points[key]
+
+    def _record(self, key: str, mask: SparseMask | None) -> PointRecord:
+        if mask is None or not len(mask):
+            outcome, nll = self.scoring.outcome(self.model), self.text.nll(self.model)
+        else:
+            make = SparseEdit.mean if self.operator == "mean" else SparseEdit.zero
+            with make(self.model, mask).applied(self.model):
+                outcome, nll = self.scoring.outcome(self.model), self.text.nll(self.model)
+        return {
+            "key": key,
+            "chosen": outcome.chosen.tolist(),
+            "margin": [float(f"{value:.{_DIGITS}g}") for value in outcome.margin],
+            "nll": [float(f"{value:.{_DIGITS}g}") for value in nll],
+        }
+
+    def _key(self, mask: SparseMask | None) -> str:
+        digest = hashlib.blake2b(self._base.encode(), digest_size=16)
+        if mask is not None and len(mask):
+            digest.update(self.operator.encode())
+            for key in sorted(key for key, index in mask.entries.items() if len(index)):
+                digest.update(f"{key} {len(mask.entries[key])}".encode())
+                digest.update(mask.entries[key].cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def _read(record: Mapping[str, Any]) -> Point:
+    margin = np.asarray(record["margin"], dtype=np.float64)
+    outcome = Outcome(np.asarray(record["chosen"], dtype=np.int64), margin)
+    return Point(outcome, np.asarray(record["nll"], dtype=np.float64))
+
+
+class Measures:
+    """Counts by story of each category and of paired accuracy.
+
+    Attributes:
+        names: the categories that are asked about, in their usual order, and "paired" if there is a story
+            for it.
+        totals: for each name the observations of each story, `[stories]`.
+        n_stories: number of stories.
+    """
+
+    def __init__(self, scoring: PreparedScoring) -> None:
+        questions = scoring.questions
+        n = len(questions)
+        story_ids = questions.story_id.drop_duplicates()
+        place = {story_id: index for index, story_id in enumerate(story_ids)}
+        self.n_stories = len(place)
+        self._story = questions.story_id.map(place).to_numpy()
+        self._selected: dict[str, NDArray[np.bool_]] = {
+            name: (questions.category == name).to_numpy()
+            for name in CATEGORIES
+            if (questions.category == name).any()
+        }
+        nothing = Outcome(np.ones(n, dtype=np.int64), np.full(n, -1.0))
+        paired = tabulate(scoring, nothing).paired_stories()
+        self._first_order = ((questions.kind == "belief") & (questions.order == 1)).to_numpy()
+        self.totals: dict[str, NDArray[np.float64]] = {
+            name: self._count(selected) for name, selected in self._selected.items()
+        }
+        if paired.tells_apart.any():
+            tells_apart = np.zeros(self.n_stories)
+            tells_apart[paired.story_id[paired.tells_apart].map(place).to_numpy()] = 1.0
+            self.totals["paired"] = tells_apart
+        self.names = tuple(self.totals)
+
+    def counts(self, correct: NDArray[Any], name: str) -> NDArray[np.float64]:
+        """Right answers by story: `[questions]` to `[stories]`, `[arms, questions]` to `[stories, arms]`."""
+        if correct.ndim == 2:
+            return np.stack([self.counts(row, name) for row in correct], axis=1)
+        if name == "paired":
+            wrong = self._count(self._first_order & ~correct)
+            return self.totals["paired"] * (wrong == 0)
+        return self._count(self._selected[name] & correct)
+
+    def accuracy(self, correct: NDArray[np.bool_], name: str) -> float:
+        """Share of right answers, of all questions or stories of one measure."""
+        return float(self.counts(correct, name).sum() / self.totals[name].sum())
+
+    def _count(self, flags: NDArray[np.bool_]) -> NDArray[np.float64]:
+        counted = np.bincount(self._story, weights=flags, minlength=self.n_stories)
+        return counted.astype(np.float64)
+
+
+def check_split(stories: Iterable[Story], refused: Collection[str], why: str) -> None:
+    """Refuse stories of a split that would spoil what is done with them."""
+    for story in stories:
+        if story.split in refused:
+            raise TomsparseError(f"Story {story.id!r} is of the split {story.split!r}: {why}.")
+
+
+def json_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as plain values for JSON, with None for what is missing."""
+    import json
+
+    return list(json.loads(frame.to_json(orient="records", double_precision=15)))
