@@ -62,9 +62,10 @@ class Story:
     Attributes:
         id: unique within a set of one seed, split and scenario list; stable across platforms.
         scenario: "transfer" (a thing is moved) or "contents" (a container holds something else than its label says).
-        condition: the control condition, for example "false_belief", "present", "informed".
+        condition: what befalls the protagonist, for example "false_belief", "present", "informed".
+        protagonist: whose condition it is; the other agents' beliefs may be true or false in any condition.
         split: "train", "dev" or "test": by combination of names, things and places.
-        wording: index of the set of sentence templates used.
+        wording: "seen" or "new": the pool that the sentence templates come from.
         text: the story itself, sentences separated by single spaces.
         agents: everybody in it, in order of first mention.
         questions: at least one.
@@ -73,8 +74,9 @@ class Story:
     id: str
     scenario: str
     condition: str
+    protagonist: str
     split: str
-    wording: int
+    wording: str
     text: str
     agents: tuple[str, ...]
     questions: tuple[Question, ...]

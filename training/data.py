@@ -1,0 +1,169 @@
+"""Training rows: a story followed by many questions, each of which sees the story up to one sentence and itself only.
+
+    story      s_0 s_1 ... s_k ... s_n        ordinary causal attention
+    question   q_0 ... q_m answer             sees s_0 .. s_k, where k is the sentence after which it is asked, and itself
+
+So one row asks every agent, after many events, without one answer giving another away, at the price of reading the story once.
+Only answers weigh fully in the loss; the words of a story are for the most part free choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from tl_tomsparse.stories import generate_texts
+from tl_tomsparse.stories.generate import FORMS, generate_scenes
+from tl_tomsparse.stories.lexicon import Draw
+from tl_tomsparse.stories.scenarios import Scene
+from tl_tomsparse.stories.story import Question
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a row is made of at some share of the training."""
+
+    until: float  # share of the training at which the stage ends
+    general: float  # share of rows that are general text
+    kinds: tuple[str, ...]  # of general text
+    agents: tuple[int, int]
+    second_order: float  # chance of each second-order question
+
+
+ALL_KINDS = ("description", "counting", "lookup", "repetition", "fact")
+CURRICULUM = (
+    # Looking a thing up by a name comes first: beliefs are looked up by name too.
+    Stage(0.06, 0.6, ("lookup", "lookup", "repetition", "description", "counting"), (2, 3), 0.0),
+    Stage(0.40, 0.15, ALL_KINDS, (2, 4), 0.15),
+    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.5),
+)
+STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
+
+
+@dataclass
+class Row:
+    """Tokens of one row; `block` is 0 in the story and counts the questions, `reach` is how many story tokens a token may see."""
+
+    tokens: list[int]
+    positions: list[int]
+    block: list[int]
+    reach: list[int]
+    weight: list[float]  # of predicting this token from the one before it in its block
+    previous: list[int]  # index of that one
+
+
+def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, second_order: float, length: int) -> Row:
+    """The story, then questions after its end and after earlier sentences."""
+    pieces = tokenizer(scene.sentences, add_special_tokens=False)["input_ids"]
+    tokens = [tokenizer.bos_token_id]
+    ends = []
+    for piece in pieces:
+        tokens += piece
+        ends.append(len(tokens))
+    n = len(tokens)
+    row = Row(
+        tokens,
+        list(range(n)),
+        [0] * n,
+        list(range(1, n + 1)),
+        [0.0] + [STORY_WEIGHT] * (n - 1),
+        [max(0, i - 1) for i in range(n)],
+    )
+    questions = [(question, ends[at]) for question, at in _questions(scene, draw, second_order)]
+    encoded = tokenizer([f"{q.text} {q.answer}" for q, _ in questions], add_special_tokens=False)["input_ids"]
+    for number, ((_, end), words) in enumerate(zip(questions, encoded), start=1):
+        start = len(row.tokens)
+        if start + len(words) > length:
+            break
+        row.tokens += words
+        row.positions += range(end, end + len(words))
+        row.block += [number] * len(words)
+        row.reach += [end] * len(words)
+        row.weight += [0.0] * (len(words) - 1) + [1.0]
+        row.previous += [end - 1, *range(start, start + len(words) - 1)]
+    return row
+
+
+def _questions(scene: Scene, draw: Draw, second_order: float) -> list[tuple[Question, int]]:
+    last = len(scene.sentences) - 1
+    settled = [i for i, state in enumerate(scene.states) if state is not None]
+    pairs = [(a, b) for a in scene.agents for b in scene.agents if a != b]
+    chosen = [(scene.question("belief", (a,), form=draw.choice(FORMS)), last) for a in scene.agents]
+    chosen += [
+        (scene.question("belief", pair, form=draw.choice(FORMS)), last) for pair in pairs if draw.coin(second_order)
+    ]
+    chosen.append((scene.question("reality", form=draw.choice(FORMS)), last))
+    chosen.append((scene.question("memory", form=draw.choice(FORMS)), last))
+    for _ in range(4):
+        at = draw.choice(settled)
+        agents = (draw.choice(scene.agents),) if draw.coin(0.85) else ()
+        chosen.append((scene.question("belief" if agents else "reality", agents, form=draw.choice(FORMS), at=at), at))
+    return draw.shuffled(chosen)
+
+
+def text_row(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> Row:
+    """General text: every token counts."""
+    tokens = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:length]
+    n = len(tokens)
+    weight = [0.0] + [TEXT_WEIGHT] * (n - 1)
+    return Row(tokens, list(range(n)), [0] * n, list(range(1, n + 1)), weight, [max(0, i - 1) for i in range(n)])
+
+
+def rows(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, n: int, length: int) -> Iterator[Row]:
+    """n rows of a stage."""
+    draw = Draw("training", seed)
+    kinds = stage.kinds
+    texts = iter(generate_texts(n, seed=seed, kinds=kinds))
+    # Scenes without end: three shapes take turns, so that no count of places or moves is the rule.
+    shapes = [
+        generate_scenes(10 * n, seed=seed, split="train", agents=stage.agents),
+        generate_scenes(10 * n, seed=seed + 1, split="train", agents=stage.agents, places=3, rounds=2),
+        generate_scenes(10 * n, seed=seed + 2, split="train", agents=stage.agents, rounds=2),
+    ]
+    for _ in range(n):
+        if draw.coin(stage.general):
+            yield text_row(tokenizer, next(texts), length)
+        else:
+            scene = next(shapes[draw.choice((0, 0, 1, 2))])
+            yield story_row(tokenizer, scene, draw, stage.second_order, length)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors; `source`, `target` and `weight` list every prediction that counts."""
+
+    tokens: Tensor  # [batch, pos]
+    positions: Tensor  # [batch, pos]
+    mask: Tensor  # [batch, 1, pos, pos], True where attention is allowed
+    source: Tensor  # [prediction] flat index of the token that predicts
+    target: Tensor  # [prediction] token that is predicted
+    weight: Tensor  # [prediction]
+
+
+def collate(batch: list[Row], pad: int, width: int) -> Batch:
+    """Pad to a fixed width (one compiled shape) and build the block mask."""
+
+    def padded(name: str, fill: float) -> Tensor:
+        return torch.tensor([[*getattr(row, name), *[fill] * (width - len(row.tokens))] for row in batch])
+
+    tokens, positions, block, reach = (padded(name, fill) for name, fill in
+                                       (("tokens", pad), ("positions", 0), ("block", -1), ("reach", 0)))
+    weight, previous = padded("weight", 0.0), padded("previous", 0)
+    index = torch.arange(width)
+    causal = index[:, None] >= index[None, :]
+    same = block[:, :, None] == block[:, None, :]
+    story = (block[:, None, :] == 0) & (index[None, None, :] < reach[:, :, None])
+    mask = ((same & causal) | story)[:, None]
+    row, column = (weight > 0).nonzero(as_tuple=True)
+    return Batch(
+        tokens,
+        positions,
+        mask,
+        row * width + previous[row, column],
+        tokens[row, column],
+        weight[row, column],
+    )
