@@ -135,7 +135,8 @@ def _proportions(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         rows.append({**names, "n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high,
                      "chance": float(group.chance.mean())})  # fmt: skip
     usual = {name: place for place, name in enumerate((*CATEGORIES, *PAIRED_SUBSETS))}
-    rows.sort(key=lambda row: tuple(usual.get(row[key], row[key]) for key in keys))
+    *by, last = keys  # a condition may be named as a category is, so only the last key has the usual order
+    rows.sort(key=lambda row: (*(row[key] for key in by), usual[row[last]]))
     return pd.DataFrame(rows, columns=[*keys, "n", "correct", "accuracy", "low", "high", "chance"])
 
 
