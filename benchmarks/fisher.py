@@ -1,8 +1,8 @@
 """How fast `fisher_diagonal` is, as ratios to the obvious ways, measured in one run on the same samples.
 
-Compared with (1) one plain batched forward and backward pass that only gives the gradient of the batch, for the same
-weights, and (2) the loop that computes each sample's gradient and squares it. Repetitions are interleaved and the
-fastest of each counts, so that other load on the machine disturbs the ratios little.
+Compared with (1) one plain batched forward and backward pass that only gives the gradient of the batch, for
+the same weights, and (2) the loop that computes each sample's gradient and squares it. Repetitions are
+interleaved and the fastest of each counts, so that other load on the machine disturbs the ratios little.
 
     python benchmarks/fisher.py                      # a random Llama-like model of 5 million weights
     python benchmarks/fisher.py --vocab 49152        # with the vocabulary of a real small model
@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ BATCH_TOKENS = {"cpu": 800}
 
 
 def random_model(vocab: int, backend: Backend, device: str) -> Any:
-    """Six layers, width 256, 8 query and 4 key-value heads: the size of the embedded model and a little more."""
+    """Six layers, width 256, 8 query and 4 key-value heads: about the size of the embedded model."""
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=256,
@@ -56,7 +57,7 @@ def random_model(vocab: int, backend: Backend, device: str) -> Any:
 
 
 def random_samples(n: int, shortest: int, longest: int, vocab: int, *, last_only: bool) -> Samples:
-    """Rows of random tokens; supervised at the last one (a prompt with its answer) or everywhere (a window)."""
+    """Rows of random tokens; supervised at the last one (an answer) or everywhere (a window)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(shortest, longest + 1, (n,), generator=generator).tolist()
     rows = [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
@@ -96,15 +97,16 @@ def gradients(
 
 
 def fastest(work: dict[str, Callable[[], object]], repeat: int, device: str) -> dict[str, float]:
-    """Seconds of the fastest of `repeat` runs of each, interleaved."""
+    """Seconds of the fastest of `repeat` runs of each, interleaved: CPU seconds, on a GPU elapsed ones."""
     times = dict.fromkeys(work, float("inf"))
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
     for _ in range(repeat):
         for name, run in work.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            times[name] = min(times[name], time.perf_counter() - start)
+            times[name] = min(times[name], clock() - start)
     return times
 
 
@@ -115,7 +117,7 @@ def main(
     vocab: Annotated[int, typer.Option(help="Vocabulary of the random model.")] = 2048,
     n: Annotated[int, typer.Option(help="Samples of each kind.")] = 48,
     repeat: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 3,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Times the three ways on prompts and on text windows, for Q and K and for all matrices."""
     logging.disable_progress_bar()
@@ -134,11 +136,11 @@ def main(
         for matrices in (("Q", "K"), model_view.matrices):
             times = fastest(
                 {
-                    "fisher_diagonal": lambda: fisher_diagonal(
-                        loaded, samples, matrices=matrices, show_progress=False
+                    "fisher_diagonal": partial(
+                        fisher_diagonal, loaded, samples, matrices=matrices, show_progress=False
                     ),
-                    "batch gradient": lambda: gradients(loaded, samples, matrices, budget, square=False),
-                    "per-sample loop": lambda: gradients(loaded, samples, matrices, budget, square=True),
+                    "batch gradient": partial(gradients, loaded, samples, matrices, budget, square=False),
+                    "per-sample loop": partial(gradients, loaded, samples, matrices, budget, square=True),
                 },
                 repeat,
                 device,

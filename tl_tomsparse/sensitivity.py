@@ -38,7 +38,7 @@ from tl_tomsparse.samples import Samples
 if TYPE_CHECKING:
     import pandas as pd
 
-_ORDER = {matrix: place for place, matrix in enumerate(MATRICES)}
+_ORDER: dict[str, int] = {matrix: place for place, matrix in enumerate(MATRICES)}
 KIND = "tomsparse.sensitivity"
 _PROGRESS_KIND = "tomsparse.fisher_progress"
 _CHECKPOINT_SECONDS = 20.0
@@ -107,12 +107,12 @@ class Sensitivity:
         check_same_weights("This sensitivity", self.identity, "the other", other.identity)
         if self.values.keys() != other.values.keys():
             raise TomsparseError(
-                "The two sensitivities are about different matrices; compute both for the same."
+                "The two sensitivities are of different matrices; compute both for the same."
             )
         if dict(self.meta) != dict(other.meta):
             raise TomsparseError(
-                f"The samples were made differently ({dict(self.meta)} and {dict(other.meta)}); their mean would "
-                "be of neither."
+                f"The samples were made differently ({dict(self.meta)} and {dict(other.meta)}); their mean "
+                "would be of neither."
             )
         n = self.n_samples + other.n_samples
         values = {
@@ -124,7 +124,7 @@ class Sensitivity:
         return Sensitivity(values, n, self.identity, self.meta)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a matrix and head: layer, matrix, head (-1 in an MLP), n_weights, and the values' sum, mean, max."""
+        """One row a matrix and head (-1 in an MLP): n_weights, and the sum, mean and max of the values."""
         import pandas as pd
 
         rows = []
@@ -238,15 +238,15 @@ class FisherAccumulator:
         """
         if not self.n_samples:
             raise TomsparseError(
-                "No gradient has arrived: call backward on a loss of this model's output inside the block, with "
-                "gradients enabled."
+                "No gradient has arrived: call backward on a loss of this model's output inside the block, "
+                "with gradients enabled."
             )
         values: dict[Key, Tensor] = {}
         for key, total in self._sums.items():
             mean = total / self.n_samples
             if not bool(torch.isfinite(mean).all()):
                 raise TomsparseError(
-                    f"The squared gradients of {key[1]} in layer {key[0]} are too large to add up."
+                    f"The squared gradients of {key[1]} in layer {key[0]} overflow {self._exact}."
                 )
             heads = self._view.shape(key)[0]
             if key[1] == "O":
@@ -277,7 +277,7 @@ class FisherAccumulator:
     def _add(self, grad: Tensor, *, key: Key, x: Tensor, forward: _Pass) -> None:
         if key in forward.added:
             raise TomsparseError(
-                "A second backward pass through one forward pass; add the losses up and call one."
+                "A second backward pass through one forward pass; add the losses up instead."
             )
         if not forward.added:
             self.n_samples += len(x)
@@ -289,7 +289,7 @@ class FisherAccumulator:
             row = int((~torch.isfinite(size)).any(1).long().argmax())
             name = row if forward.row_names is None else repr(forward.row_names[row])
             raise TomsparseError(
-                f"The gradient of {key[1]} in layer {key[0]} is not a finite number for sample {name}; look at its "
+                f"The gradient of {key[1]} in layer {key[0]} is not finite for sample {name}; look at its "
                 "text, or load the model in float32."
             )
         # Positions without gradient (padding; in the last layer all that nothing looks at) add nothing.
@@ -394,7 +394,7 @@ def _loss(model_view: ModelView, batch: Samples) -> Tensor:
 
 
 class _Progress:
-    """A half-finished accumulator on disk, valid for one model, one set of samples and one division into batches."""
+    """A half-finished accumulator on disk, for one model and one set of samples divided into batches in one way."""
 
     def __init__(
         self, path: str | Path | None, fisher: FisherAccumulator, samples: Samples, batch_tokens: int
@@ -415,8 +415,8 @@ class _Progress:
         check_same_weights(f"The checkpoint {self.path}", found, "the model given", self.identity)
         if header["work"] != self.work:
             raise TomsparseError(
-                f"The checkpoint {self.path} is of other samples, matrices or batch_tokens; delete it or choose another "
-                "file."
+                f"The checkpoint {self.path} is of other samples, matrices or batch_tokens; delete it or "
+                "choose another file."
             )
         for key, value in _by_layer(tensors).items():
             self.fisher._sums[key].copy_(value)
