@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from tests import tiny
 from tl_tomsparse import _draws, _select
 from tl_tomsparse._channels import channels, flat_index, n_channels
 from tl_tomsparse._checks import TomsparseError
@@ -63,7 +63,7 @@ def test_largest_equals_a_full_sort_with_ties_by_lowest_index(
     if levels:
         flats = [(flat * levels).round() / levels for flat in flats]
     total = sum(sizes)
-    for k in sorted({0, 1, 2, 3, total // 2048, total // 512, total // 100, total // 2, total - 1, total}):
+    for k in sorted({0, 1, min(3, total), total // 2048, total // 512, total // 100, total // 2, total}):
         tensor, index = _select.largest(flats, k)
         assert list(zip(tensor.tolist(), index.tolist())) == oracle(flats, k), k
 

@@ -30,6 +30,14 @@ def name(key: Key) -> str:
     return f"matrix {key[1]} of layer {key[0]}"
 
 
+def place(shape: tuple[int, ...], flat: Int64[Tensor, " k"]) -> tuple[Tensor, ...]:
+    """Entries given by their flat index, as one index tensor for each axis; much faster than
+    `unravel_index`."""
+    *_, rows, columns = shape
+    within = (flat // columns, flat % columns)
+    return within if len(shape) == 2 else (within[0] // rows, within[0] % rows, within[1])
+
+
 def n_channels(key: Key, shape: tuple[int, ...]) -> tuple[int, int]:
     """The number of inputs and of outputs of a matrix with this canonical shape."""
     if len(shape) == 2:

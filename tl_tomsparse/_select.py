@@ -7,10 +7,10 @@ same on every device and with every number of threads.
 The largest value of each block of 128 entries is found first. At least k entries reach the k-th largest of
 these block maxima, t, so every chosen entry does; and entries >= t lie only in blocks whose maximum is >= t.
 Fewer than k blocks have a maximum above t, and of those whose maximum equals t only the first k can matter.
-So 2k blocks are read again, and only their entries are sorted. Where k is too large a share for that, all
-entries are sorted instead.
+So 2k blocks are read again, and only their entries are sorted. Where k is too large a share for that, the
+blocks have one entry, which costs as much as `torch.topk` does.
 
-Not claimed: speed for large shares (above about 1 in 500 entries), where sorting takes hundreds of passes.
+Not claimed: speed for large shares (above about 1 in 500 entries).
 """
 
 from __future__ import annotations
@@ -48,16 +48,27 @@ def largest(flats: Sequence[Float[Tensor, " d"]], k: int) -> tuple[Int64[Tensor,
         index: the flat index in it.
     """
     total = sum(flat.numel() for flat in flats)
-    block = next((size for size in _BLOCKS if 2 * k * size * _SHARE <= total), 0)
-    maxima = (
-        [flat[: flat.numel() // block * block].view(-1, block).amax(1) for flat in flats] if block else []
-    )
-    if k == 0 or k > sum(map(len, maxima)):  # a large share, or tensors smaller than a block
-        candidates = [torch.arange(flat.numel() if k else 0, device=flat.device) for flat in flats]
-    else:
-        threshold = torch.cat([each.to(maxima[0].device) for each in maxima]).topk(k).values[-1]
-        candidates = [_candidates(f, m, threshold.to(f.device), block, k) for f, m in zip(flats, maxima)]
-    return _sorted(flats, candidates, k)
+    block = next((size for size in _BLOCKS if 2 * k * size * _SHARE <= total and k <= _whole(flats, size)), 1)
+    maxima = [_maxima(flat, block) for flat in flats]
+    if k == 0 or not maxima:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    threshold = torch.cat([each.to(maxima[0].device) for each in maxima]).topk(k).values[-1]
+    candidates = [_candidates(f, m, threshold.to(f.device), block, k) for f, m in zip(flats, maxima)]
+    values = torch.cat([flat[index].cpu() for flat, index in zip(flats, candidates)])
+    tensor = torch.repeat_interleave(torch.tensor([len(index) for index in candidates]))
+    index = torch.cat([index.cpu() for index in candidates])
+    order = values.sort(descending=True, stable=True).indices[:k]
+    return tensor[order], index[order]
+
+
+def _maxima(flat: Tensor, block: int) -> Tensor:
+    """The largest value of each whole block."""
+    return flat[: flat.numel() // block * block].view(-1, block).amax(1) if block > 1 else flat
+
+
+def _whole(flats: Sequence[Tensor], block: int) -> int:
+    """How many whole blocks there are."""
+    return sum(flat.numel() // block for flat in flats)
 
 
 def _candidates(flat: Tensor, maxima: Tensor, threshold: Tensor, block: int, k: int) -> Tensor:
@@ -68,11 +79,3 @@ def _candidates(flat: Tensor, maxima: Tensor, threshold: Tensor, block: int, k: 
     rest = torch.arange(len(maxima) * block, flat.numel(), device=flat.device)
     index = torch.cat([inside, rest])
     return index[flat[index] >= threshold]
-
-
-def _sorted(flats: Sequence[Tensor], candidates: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    values = torch.cat([flat[index].cpu() for flat, index in zip(flats, candidates)])
-    index = torch.cat([each.cpu() for each in candidates])
-    tensor = torch.repeat_interleave(torch.tensor([len(each) for each in candidates]))
-    order = values.sort(descending=True, stable=True).indices[:k]
-    return tensor[order], index[order]
