@@ -105,22 +105,19 @@ class StoryScores:
 
     def paired_stories(self) -> pd.DataFrame:
         """One row a story with a first-order belief question: correct (all of them), tells_apart, chance."""
-        import pandas as pd
-
-        asked = self.frame[(self.frame.kind == "belief") & (self.frame.order == 1)]
         about = ["story_id", "scenario", "condition", "protagonist", "split", "wording"]
-        rows: list[dict[str, Any]] = []
-        for _, group in asked.groupby("story_id", sort=False):
-            agents = group.drop_duplicates("agents")
-            row = {name: group[name].iloc[0] for name in about}
-            row["correct"] = bool(group.correct.all())
-            row["tells_apart"] = bool(
-                agents.answer.nunique() > 1 and (group.category == "false_belief").any()
-            )
-            row["chance"] = float((1 / agents.n_options).prod())
-            rows.append(row)
-        frame = pd.DataFrame(rows, columns=[*about, "correct", "tells_apart", "chance"])
-        return frame.astype({"correct": bool, "tells_apart": bool, "chance": float})
+        asked = self.frame[(self.frame.kind == "belief") & (self.frame.order == 1)]
+        agents = asked.drop_duplicates(["story_id", "agents"])
+        answers = agents.groupby("story_id").answer.nunique()
+        false_beliefs = (asked.category == "false_belief").groupby(asked.story_id).sum()
+        chance = (1 / agents.n_options).groupby(agents.story_id).prod()
+        correct = asked.groupby("story_id").correct.all()
+        frame = asked.drop_duplicates("story_id")[about].reset_index(drop=True)
+        return frame.assign(
+            correct=frame.story_id.map(correct).astype(bool),
+            tells_apart=frame.story_id.map((answers > 1) & (false_beliefs > 0)).astype(bool),
+            chance=frame.story_id.map(chance).astype(float),
+        )
 
 
 def _proportions(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

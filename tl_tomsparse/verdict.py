@@ -83,7 +83,7 @@ def verdict(effect: Effect) -> list[Claim]:
         p = adjusted[test.claim]
         supported = p <= ALPHA and test.holds
         status: Status = "supported" if supported else "not supported"
-        claims.append(Claim(test.claim, status, f"{test.sentence(supported)} Holm-adjusted p = {_p(p)}.", p))
+        claims.append(Claim(test.claim, status, f"{test.sentence(supported)} Holm-adjusted p {_p(p)}.", p))
     return [_together(claims, effect), *claims]
 
 
@@ -256,4 +256,4 @@ def _change(row: Any) -> str:
 
 
 def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
