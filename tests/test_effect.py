@@ -65,7 +65,7 @@ class Planted:
         self.luck = self.rng.random(n)  # the same in every arm: an edit changes few answers
 
     def point(self, rates: dict[str, float], *, cost=1.0, noise=0.01) -> Point:
-        """Right where the question's luck is below its rate; perplexity about `cost` times the unedited one."""
+        """Right where a question has luck below its rate; perplexity about `cost` times as high."""
         rate = self.questions.category.map(ABLE | rates).to_numpy()
         correct = self.luck < rate
         flip = self.rng.random(len(correct)) < noise
