@@ -155,7 +155,8 @@ class ModelView:
         self.active_edits: list[Any] = []
         self._hook_names = frozenset(model.hook_dict)
         self._sites: dict[Key, tuple[str, str]] = {}
-        self._identity: tuple[tuple[Any, ...], ModelIdentity] | None = None
+        self._identity: tuple[dict[Key, tuple[int, int, int]], ModelIdentity] | None = None
+        self._owners: dict[Key, tuple[nn.Module, str, bool]] = {}
         self._norm_after_affine: dict[str, bool] = {}
 
         reasons: dict[str, str] = {}
@@ -211,8 +212,10 @@ class ModelView:
 
         While an edit is in the weights, this is the identity of the unedited weights.
         """
+        if self._identity is not None and self.active_edits:
+            return self._identity[1]
         stamp = self._stamp()
-        if self._identity is None or (not self.active_edits and self._identity[0] != stamp):
+        if self._identity is None or self._identity[0] != stamp:
             self._identity = (
                 stamp,
                 ModelIdentity(
@@ -229,19 +232,6 @@ class ModelView:
                 ),
             )
         return self._identity[1]
-
-    @contextmanager
-    def editing(self, edit: Any) -> Iterator[None]:
-        """Marks an edit as being in the weights; the caller restores them bit for bit before the end."""
-        self.identity()
-        self.active_edits.append(edit)
-        try:
-            yield
-        finally:
-            self.active_edits.pop()
-            if not self.active_edits and self._identity is not None:
-                # The bits are those of before: only the version counters moved.
-                self._identity = (self._stamp(), self._identity[1])
 
     # ---- matrices
 
@@ -279,6 +269,21 @@ class ModelView:
         if matrix == "O":
             return weight.unflatten(0, (-1, self.d_head))
         return weight.unflatten(1, (-1, self.d_head)).transpose(0, 1) if matrix in "QKV" else weight
+
+    def overwrite(self, key: Key, place: tuple[Tensor, ...], values: Tensor) -> None:
+        """Write to entries of a live matrix, for an edit in `active_edits` that will put the old bits back.
+
+        Args:
+            key: of the matrix.
+            place: one index tensor for each canonical axis.
+            values: of these entries, in the dtype of the matrix.
+        """
+        weight = self.weight(key)
+        weight[tuple(axis.to(weight.device) for axis in place)] = values.to(weight)
+        if self._identity is not None:
+            # Our own write moves the version counter by one; anyone else's still means a new fingerprint.
+            owner, data, count = self._identity[0][key]
+            self._identity[0][key] = (owner, data, count + 1)
 
     def parameters(self) -> list[Tensor]:
         """Every distinct parameter and buffer once, detached; other names of the same weight are left out."""
@@ -346,22 +351,49 @@ class ModelView:
         return cast(Tensor, self.model(tokens.to(device), return_type="logits", attention_mask=mask))
 
     @contextmanager
-    def only_positions(self, where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
-        """While active, `logits` gives `[1, n, d_vocab]`: only the n positions where `where` is True, row by
-        row.
+    def reader(self) -> Iterator[Reader]:
+        """For the time of a block a function that gives logits at chosen positions; see [`Reader`][]."""
+        reader = Reader(self)
+        with self.hooks([*reader.before, *reader.after]):
+            yield reader
 
-        Makes the unembedding, the largest product of a small model with a large vocabulary, as small as the
-        loss needs.
-        """
+    @contextmanager
+    def only_positions(self, where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
+        """While active, `logits` gives `[1, n, d_vocab]`: only the n positions where `where` is True."""
+        site = self.before_unembedding
+        if site is None or bool(where.all()):
+            yield
+            return
         where = where.to(self.device)
 
         def select(x: Tensor, hook: Any) -> Tensor:
             del hook
             return x[where][None]
 
-        site = "unembed.hook_in" if "unembed.hook_in" in self._hook_names else "ln_final.hook_normalized"
-        with self.hooks([(site, select)] if site in self._hook_names else []):
+        with self.hooks([(site, select)]):
             yield
+
+    @property
+    def before_unembedding(self) -> str | None:
+        """The hook point whose positions the unembedding sees, or None."""
+        sites = ("unembed.hook_in", "ln_final.hook_normalized")
+        return next((site for site in sites if site in self._hook_names), None)
+
+    def last_layer_sites(self) -> list[tuple[str, str]]:
+        """Input and output hook points of the position-wise parts of the last layer: O, and a dense MLP.
+
+        Empty where other hooks are installed in that layer, which may rely on the shapes there.
+        """
+        layer = self.n_layers - 1
+        points = self.model.hook_dict
+        if any(points[name].fwd_hooks for name in self._hook_names if name.startswith(f"blocks.{layer}.")):
+            return []
+        sites = []
+        if (layer, "O") in self._sites:
+            sites.append(self._sites[layer, "O"])
+        if (layer, "in") in self._sites and (layer, "out") in self._sites:
+            sites.append((self._sites[layer, "in"][0], self._sites[layer, "out"][1]))
+        return sites
 
     # ---- refusals
 
@@ -387,7 +419,8 @@ class ModelView:
 
     def _signature(self, model: Any) -> tuple[Any, ...]:
         layer, matrix = self._readable[0]
-        owner = id(self._parameter(layer, matrix)[0])
+        module, attribute, _ = self._find_owner(layer, matrix)
+        owner = id(getattr(module, attribute))
         return (getattr(model, "_weights_processed", None), model.cfg.normalization_type, owner)
 
     def _all_keys(self) -> list[Key]:
@@ -395,6 +428,14 @@ class ModelView:
 
     def _parameter(self, layer: int, matrix: str) -> tuple[Tensor, bool]:
         """The parameter that holds a matrix, and whether its first axis is the input."""
+        found = self._owners.get((layer, matrix))
+        if found is None:  # looked for once, because edits ask for many
+            found = self._owners[layer, matrix] = self._find_owner(layer, matrix)
+        module, attribute, in_first = found
+        return getattr(module, attribute), in_first
+
+    def _find_owner(self, layer: int, matrix: str) -> tuple[nn.Module, str, bool]:
+        """The module and attribute of a matrix's parameter, and whether its first axis is the input."""
         part = "attn" if matrix in _IN_ATTENTION else "mlp"
         block = self.model.blocks[layer]
         if part not in block._modules:
@@ -407,13 +448,12 @@ class ModelView:
                 raise LookupError(f"its {part} has no {matrix} matrix of its own")
             if not isinstance(component, nn.Linear | Conv1D):
                 raise LookupError(f"{matrix} is a {type(component).__name__}, not a plain linear layer")
-            return component.weight, isinstance(component, Conv1D)
-        name = f"W_{matrix}"
+            return component, "weight", isinstance(component, Conv1D)
         # With grouped-query attention W_K and W_V are expanded copies; the parameters have an underscore.
-        weight = owner._parameters.get(f"_{name}", owner._parameters.get(name))
-        if weight is None:
-            raise LookupError(f"its {part} has no {matrix} matrix of its own")
-        return weight, True
+        for attribute in (f"_W_{matrix}", f"W_{matrix}"):
+            if owner._parameters.get(attribute) is not None:
+                return owner, attribute, True
+        raise LookupError(f"its {part} has no {matrix} matrix of its own")
 
     def _is_readable(self, key: Key, reasons: dict[str, str]) -> bool:
         layer, matrix = key
@@ -506,9 +546,9 @@ class ModelView:
             why = "; ".join(dict.fromkeys(reasons.values()))
             raise TomsparseError(f"{self.name} cannot be examined: {why}.")
 
-    def _stamp(self) -> tuple[Any, ...]:
-        weights = (self._parameter(*key)[0] for key in self._readable)
-        return tuple((id(w), w.data_ptr(), w._version) for w in weights)
+    def _stamp(self) -> dict[Key, tuple[int, int, int]]:
+        weights = ((key, self._parameter(*key)[0]) for key in self._readable)
+        return {key: (id(w), w.data_ptr(), w._version) for key, w in weights}
 
     def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -524,6 +564,76 @@ class ModelView:
             sample = bits[torch.unravel_index(flat, bits.shape)].long().cpu().numpy()
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{total}".encode() + sample.tobytes())
         return digest.hexdigest()
+
+
+class Reader:
+    """Logits at chosen positions, with less work than logits everywhere; made by `ModelView.reader`.
+
+    The unembedding, and in the last layer O and the MLP, work on no other positions than those read from
+    (per row as many as the row that needs most). What is read is unchanged; activations at other positions
+    of the last layer are not those of a usual pass.
+
+    Attributes:
+        before: hooks to install first.
+        after: hooks to install last; those in between see the narrowed tensors.
+    """
+
+    def __init__(self, model_view: ModelView) -> None:
+        self._view = model_view
+        sites = model_view.last_layer_sites()
+        end = model_view.before_unembedding
+        self.before: list[Hook] = [(first, self._take) for first, _ in sites]
+        self.after: list[Hook] = [(last, self._put) for _, last in sites]
+        self.after += [] if end is None else [(end, self._select)]
+        self._where: Tensor | None = None
+        self._narrow: Tensor | None = None
+        self._shape = torch.Size()
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Bool[Tensor, "batch pos"],
+        where: Bool[Tensor, "batch pos"],
+    ) -> Float[Tensor, "reads d_vocab"]:
+        """The logits where `where` is True, row by row.
+
+        Args:
+            tokens: right-padded rows.
+            attention_mask: True at real tokens.
+            where: positions to read from.
+        """
+        count = where.sum(1)
+        most, device = int(count.max()), self._view.device
+        if int(count.min()) < where.shape[1]:
+            self._where = where.to(device)
+        if 2 * most <= where.shape[1]:
+            # Stable, so that within a row positions stay in order; rows that need fewer get others besides.
+            self._narrow = torch.argsort(where.long(), dim=1, descending=True, stable=True)[:, :most].to(
+                device
+            )
+        self._shape = where.shape
+        try:
+            logits = self._view.logits(tokens, attention_mask).flatten(0, 1)
+        finally:
+            narrowed, self._where, self._narrow = self._where, None, None
+        return logits[narrowed.flatten()] if narrowed is not None and len(logits) == where.numel() else logits
+
+    def _select(self, x: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        return None if self._where is None else x[self._where][None]
+
+    def _take(self, x: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        if self._narrow is None:
+            return None
+        return x[torch.arange(len(x), device=x.device)[:, None], self._narrow]
+
+    def _put(self, y: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        if self._narrow is None:
+            return None
+        index = self._narrow[..., None].expand(y.shape)
+        return y.new_zeros(*self._shape, y.shape[-1]).scatter(1, index, y)
 
 
 def _check_kind(model: Any) -> None:

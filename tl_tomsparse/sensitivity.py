@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
 from tl_tomsparse._checks import TomsparseError, check_positive, check_same_weights
-from tl_tomsparse._model import MATRICES, Key, ModelIdentity, ModelView, view
+from tl_tomsparse._model import MATRICES, Key, ModelIdentity, Reader, view
 from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class FisherAccumulator:
             self.n_samples += len(x)
         forward.added.add(key)
         delta = grad.flatten(2)
-        size = torch.linalg.vector_norm(delta, ord=torch.inf, dim=-1)
+        size = torch.linalg.vector_norm(delta, dim=-1, dtype=self._exact)
         rows: list[int] = (size != 0).sum(1).tolist()
         if not bool(torch.isfinite(size).all()):
             row = int((~torch.isfinite(size)).any(1).long().argmax())
@@ -361,32 +361,32 @@ def fisher_diagonal(
     check_positive("batch_tokens", budget)
     fisher = FisherAccumulator(model, matrices=matrices, allow_processed=allow_processed)
     batches = list(samples.batches(budget))
+    read = Reader(model_view)
     progress = _Progress(checkpoint, fisher, samples, budget)
     done = progress.load()
     with (
         torch.enable_grad(),
+        model_view.hooks(read.before),
         fisher,
+        model_view.hooks(read.after),
         tqdm(total=len(samples), desc="Fisher", disable=not show_progress) as bar,
     ):
         bar.update(fisher.n_samples)
         for index, rows in enumerate(batches[done:], start=done + 1):
             batch = samples[rows]
             fisher.row_names = batch.ids
-            _loss(model_view, batch).backward()
+            _loss(read, batch).backward()
             bar.update(len(batch))
             progress.save(index, last=index == len(batches))
     meta = {"bos": samples.bos, "supervise": samples.supervise, "dtype": str(model_view.dtype)}
     return fisher.result(meta)
 
 
-def _loss(model_view: ModelView, batch: Samples) -> Tensor:
+def _loss(read: Reader, batch: Samples) -> Tensor:
     """The sum over rows of the mean negative log-probability, in nats, of their supervised tokens."""
     # Position p is predicted from p - 1, so nothing is read from the last one.
     where = batch.supervised[:, 1:]
-    with model_view.only_positions(where):
-        logits = model_view.logits(batch.tokens[:, :-1], batch.attention_mask[:, :-1]).flatten(0, 1)
-    if len(logits) == where.numel():  # all positions came back
-        logits = logits[where.flatten().to(logits.device)]
+    logits = read(batch.tokens[:, :-1], batch.attention_mask[:, :-1], where)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = batch.tokens[:, 1:][where].to(logits.device)
     share = (1.0 / where.sum(1, keepdim=True)).expand(where.shape)[where].to(logits)
@@ -394,7 +394,7 @@ def _loss(model_view: ModelView, batch: Samples) -> Tensor:
 
 
 class _Progress:
-    """A half-finished accumulator on disk, for one model and one set of samples divided into batches in one way."""
+    """A half-finished accumulator on disk, for one model and one set of samples in fixed batches."""
 
     def __init__(
         self, path: str | Path | None, fisher: FisherAccumulator, samples: Samples, batch_tokens: int
