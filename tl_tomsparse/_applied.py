@@ -35,7 +35,6 @@ class Applied(AbstractContextManager["SparseEdit"]):
     def __init__(self, edit: SparseEdit, model: Any) -> None:
         self.edit = edit
         self._seen = view(model)
-        self._marker = self._seen.editing(self)
         self._saved: dict[Key, Entries] | None = None
         self._interrupts = HeldInterrupts(self, Applied.__enter__.__code__, Applied.__exit__.__code__)
 
@@ -49,9 +48,9 @@ class Applied(AbstractContextManager["SparseEdit"]):
         try:
             check_same_weights("The edit", self.edit.identity, "the model", self._seen.identity())
             self._saved = {key: self._checked(key) for key in self.edit.before}
-            self._marker.__enter__()
+            self._seen.active_edits.append(self)
             for key, entries in self._saved.items():
-                entries.write(self._seen.weight(key), self.edit.after[key])
+                self._seen.overwrite(key, entries.place, self.edit.after[key])
             self._interrupts.deliver()
             return self.edit
         except BaseException:
@@ -87,12 +86,12 @@ class Applied(AbstractContextManager["SparseEdit"]):
         for _ in range(_ROUNDS):
             for key, entries in tuple(left.items()):
                 try:
-                    entries.write(self._seen.weight(key), entries.values)
+                    self._seen.overwrite(key, entries.place, entries.values)
                     del left[key]
                 except BaseException as error:
                     failure = failure or error
         if not left:  # else the edit stays marked as active, because it is
-            self._marker.__exit__(None, None, None)
+            self._seen.active_edits.remove(self)
         if failure is not None:
             raise failure
 
@@ -141,7 +140,3 @@ class Entries:
                 f"{float(expected[first])!r}. Leave active edits first, or make the edit again."
             )
         return cls(entries, found)
-
-    def write(self, weight: Tensor, values: Tensor) -> None:
-        """Write values to the entries of the live matrix."""
-        weight[tuple(axis.to(weight.device) for axis in self.place)] = values.to(weight)

@@ -41,13 +41,12 @@ class HeldInterrupts:
 
     def deliver(self) -> None:
         """Pass on an interrupt that was kept; this raises, as a rule KeyboardInterrupt."""
-        kept, self._kept = self._kept, None
-        if kept is not None and callable(self._previous):
+        if self._kept is not None and callable(self._previous):
+            kept, self._kept = self._kept, None
             self._previous(*kept)
 
     def release(self) -> None:
-        """Put the handler back that was there, unless another one was set meanwhile; pass on what was
-        kept."""
+        """Put the old handler back, unless another one was set meanwhile; pass on what was kept."""
         if _in_main_thread() and signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, self._previous)
         self.deliver()
