@@ -12,8 +12,9 @@ from scipy.stats import beta
 
 from tests import tiny
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse._model import view
+from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._prepared import decide, prepare_scoring
+from tl_tomsparse._scoring import _trees
 from tl_tomsparse.evaluate import StoryScores, perplexity, score_stories
 from tl_tomsparse.samples import text_samples
 from tl_tomsparse.stories.story import Question, Story
@@ -23,7 +24,9 @@ STORIES = [tiny.story(index) for index in range(7)]
 
 def odd_story(**changes) -> Story:
     """Three options of different numbers of tokens, two of which begin with the same token."""
-    question = Question("reality", (), "The ball is in the", "completion", "basketry", ("bag", "basketry", "box"))
+    question = Question(
+        "reality", (), "The ball is in the", "completion", "basketry", ("bag", "basketry", "box")
+    )
     story = dataclasses.replace(tiny.story(0), id="odd", questions=(question,))
     return dataclasses.replace(story, **changes)
 
@@ -57,7 +60,9 @@ def test_scores_are_those_of_single_unpadded_forwards(kind, backend):
     expected = {o: oracle(hf, model.tokenizer, texts[-1], o)[0] for o in ("bag", "basketry", "box")}
     assert last.chosen == max(expected, key=expected.__getitem__)
     assert last.logprob_answer == pytest.approx(expected["basketry"], abs=2e-4)
-    assert last.margin == pytest.approx(expected["basketry"] - max(expected["bag"], expected["box"]), abs=2e-4)
+    assert last.margin == pytest.approx(
+        expected["basketry"] - max(expected["bag"], expected["box"]), abs=2e-4
+    )
     assert last.n_options == 3
 
 
@@ -65,9 +70,7 @@ def test_without_bos_and_per_token():
     model, hf = tiny.model(), tiny.hf_model()
     story = odd_story()
     text = story.prompt(story.questions[0])
-    frame = score_stories(
-        model, [story], prepend_bos=False, normalise="tokens", show_progress=False
-    ).frame
+    frame = score_stories(model, [story], prepend_bos=False, normalise="tokens", show_progress=False).frame
     total, n = oracle(hf, model.tokenizer, text, "basketry", bos=False)
     assert n > 1
     assert frame.logprob_answer[0] == pytest.approx(total / n, abs=1e-4)
@@ -85,6 +88,54 @@ def test_batches_do_not_matter_and_work_is_shared():
     prompts = {story.prompt(question) for story in STORIES for question in story.questions}
     assert len(large.reads.batches[0].tokens) == len(prompts)
     assert len(prepare_scoring(model, [odd_story()]).reads.batches[0].tokens) == 1
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_packed_stories_give_the_same_scores_for_less_work(kind, backend):
+    model = tiny.model(kind, backend)
+    stories = [*STORIES, odd_story()]
+    plain = prepare_scoring(model, stories, batch_tokens=200)
+    packed = prepare_scoring(model, stories, batch_tokens=200, pack=True)
+    finite = np.isfinite(plain.option_scores(model))
+    np.testing.assert_allclose(
+        packed.option_scores(model)[finite], plain.option_scores(model)[finite], atol=1e-4
+    )
+    assert packed.digest == plain.digest
+    if backend == "bridge":
+        assert packed.reads.n_tokens < 0.45 * plain.reads.n_tokens
+    else:  # HookedTransformer does not take such masks; this is noticed, and rows stay plain
+        assert packed.reads.n_tokens == plain.reads.n_tokens
+
+
+def test_a_model_that_does_not_obey_the_mask_is_noticed(monkeypatch):
+    def logits_without_mask(self, tokens, attention, positions):
+        return self.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    model = tiny.model()
+    plain = prepare_scoring(model, STORIES)
+    monkeypatch.setattr(ModelView, "packed_logits", logits_without_mask)
+    careful = prepare_scoring(model, STORIES, pack=True)
+    assert careful.reads.n_tokens == plain.reads.n_tokens
+
+
+def test_trees_of_any_shape_hold_every_row():
+    rng = np.random.default_rng(0)
+    for longest in (0, 12, 40):
+        rows = [tuple(rng.integers(0, 2, rng.integers(1, 14))) for _ in range(60)]
+        wanted = [(row, [(len(row) - 1, number)]) for number, row in enumerate(rows)]
+        found = {}
+        for tree in _trees(wanted, longest):
+            assert not tree.branched or len(tree.tokens) <= longest
+            for node, _, total in tree.reads:
+                branch, at = [], node
+                while at >= 0:
+                    branch.append(tree.tokens[at])
+                    assert tree.positions[at] == len(branch) * -1 + tree.positions[node] + 1
+                    at = tree.parents[at]
+                found[total] = tuple(branch[::-1])
+                assert tree.attention()[node].sum() == len(branch)
+        assert [found[number] for number in range(len(rows))] == rows
 
 
 def test_digest_tells_tokens_and_questions_apart():
@@ -179,7 +230,11 @@ def test_only_some_questions():
         (STORIES, {"normalise": "words"}, "words"),
         ([STORIES[0], STORIES[0]], {}, "Two stories have the id 's0'"),
         ([odd_story(text="Sally waits. " * 80)], {}, "odd"),
-        ([odd_story(questions=(Question("reality", (), "It is in the", "completion", "box", ("bag",)),))], {}, "box"),
+        (
+            [odd_story(questions=(Question("reality", (), "It is in the", "completion", "box", ("bag",)),))],
+            {},
+            "box",
+        ),
     ],
 )
 def test_refusals_name_the_thing(stories, options, message):

@@ -357,6 +357,30 @@ class ModelView:
         with self.hooks([*reader.before, *reader.after]):
             yield reader
 
+    def packed_logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention: Bool[Tensor, "batch query key"],
+        positions: Int[Tensor, "batch pos"],
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of rows that hold several continuations of one beginning, each seeing only its own past.
+
+        Not every model obeys a given mask and positions (`HookedTransformer` does not); see `logits`.
+
+        Args:
+            tokens: of all branches.
+            attention: True where a query may look at a key.
+            positions: of each token in its own branch.
+        """
+        device = self.device
+        logits = self.model(
+            tokens.to(device),
+            return_type="logits",
+            attention_mask=attention[:, None].to(device),
+            position_ids=positions.to(device),
+        )
+        return cast(Tensor, logits)
+
     @contextmanager
     def only_positions(self, where: Bool[Tensor, "batch pos"]) -> Iterator[None]:
         """While active, `logits` gives `[1, n, d_vocab]`: only the n positions where `where` is True."""

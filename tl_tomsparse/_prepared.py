@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model import view
-from tl_tomsparse._scoring import Reads, collect_reads, default_batch_tokens
+from tl_tomsparse._scoring import Reads, Wanted, collect_reads
 from tl_tomsparse.samples import Samples, option_tokens
 from tl_tomsparse.stories.story import CATEGORIES, Category, Form, Question, Story
 
@@ -108,8 +108,12 @@ def prepare_scoring(
     forms: Collection[Form] | None = None,
     normalise: Normalise = "none",
     batch_tokens: int | None = None,
+    pack: bool = False,
 ) -> PreparedScoring:
-    """Tokenise the questions of some stories for `model`; see `score_stories` for the arguments."""
+    """Tokenise the questions of some stories for `model`; see `score_stories` for the arguments.
+
+    With `pack`, stories are computed once for all of their questions where the model allows it.
+    """
     import pandas as pd
 
     model_view = view(model)
@@ -118,7 +122,7 @@ def prepare_scoring(
         check_choice("categories", category, CATEGORIES)
     rows: list[dict[str, Any]] = []
     all_options: list[tuple[str, ...]] = []
-    wanted: list[tuple[list[int], list[tuple[int, int]]]] = []
+    wanted: list[Wanted] = []
     lengths: list[int] = []
     seen: set[str] = set()
     for story in stories:
@@ -146,12 +150,7 @@ def prepare_scoring(
         raise TomsparseError(
             "No question to score: the stories are empty, or none has the categories and forms asked for."
         )
-    reads = collect_reads(
-        wanted,
-        device=model_view.device,
-        pad=model_view.pad_token_id,
-        batch_tokens=batch_tokens or default_batch_tokens(model_view),
-    )
+    reads = collect_reads(model, wanted, pack=pack, batch_tokens=batch_tokens)
     return PreparedScoring(
         pd.DataFrame(rows), tuple(all_options), reads, prepend_bos, normalise, np.asarray(lengths, np.float64)
     )
@@ -211,17 +210,11 @@ class PreparedText:
 
 def prepare_text(model: Any, samples: Samples, *, batch_tokens: int | None = None) -> PreparedText:
     """Batch samples for `model`; every supervised position of theirs is read."""
-    model_view = view(model)
-    wanted: list[tuple[list[int], list[tuple[int, int]]]] = []
+    wanted: list[Wanted] = []
     parts = (samples.tokens.cpu(), samples.attention_mask.cpu(), samples.supervised.cpu())
     for tokens, mask, supervised in zip(*parts):
         row = tokens[mask].tolist()
         places = [(position - 1, row[position]) for position in supervised.nonzero()[:, 0].tolist()]
         wanted.append((row[: 1 + places[-1][0]], places))
-    reads = collect_reads(
-        wanted,
-        device=model_view.device,
-        pad=model_view.pad_token_id,
-        batch_tokens=batch_tokens or default_batch_tokens(model_view),
-    )
+    reads = collect_reads(model, wanted, pack=False, batch_tokens=batch_tokens)
     return PreparedText(reads, samples.supervised.sum(1).cpu().numpy(), samples.ids)

@@ -5,8 +5,13 @@
 
 The row of an option is the prompt and all of its tokens but the last, since only these are read from. So
 options of one token share the prompt's row, equal rows are computed once, and a row that begins another row
-is read from the longer one (attention is causal, rows are padded on the right). Batches hold rows of
-similar length under a budget of tokens.
+is read from the longer one (attention is causal, rows are padded on the right). Batches hold rows of similar
+length under a budget of tokens.
+
+*Packed*, rows with a common beginning are one tree of tokens: the story once, then its questions, each of
+which sees the story and itself (attention mask) at the positions that it would have alone. That is four times
+less work for seven questions a story. Models that do not obey such masks are found out by comparing the
+largest tree with plain rows, and get plain rows.
 """
 
 from __future__ import annotations
@@ -19,23 +24,71 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import check_positive
 from tl_tomsparse._model import ModelView, view
 
+Wanted = tuple[Sequence[int], Sequence[tuple[int, int]]]
+_TOLERANCE = 1e-3  # nats by which packed and plain sums may differ: rounding, far below any effect
+
+
+@dataclass
+class _Tree:
+    """Rows of tokens that share beginnings; without branches, one row."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    reads: list[tuple[int, int, int]] = field(default_factory=list)  # (node, token that follows, total)
+
+    def grow(self, parent: int, tokens: Sequence[int]) -> list[int]:
+        """Appends a branch after the node `parent` (-1: at the root), and gives its nodes."""
+        first = len(self.tokens)
+        start = self.positions[parent] + 1 if parent >= 0 else 0
+        self.tokens += tokens
+        self.positions += range(start, start + len(tokens))
+        self.parents += [parent, *range(first, first + len(tokens) - 1)][: len(tokens)]
+        return list(range(first, len(self.tokens)))
+
+    @property
+    def branched(self) -> bool:
+        return self.parents != list(range(-1, len(self.parents) - 1))
+
+    def attention(self) -> NDArray[np.bool_]:
+        """`[node, node]`, True where the second is the first or one of its ancestors."""
+        seen = np.eye(len(self.tokens), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Right-padded rows; `where` are the positions read from, `slot` counts these row by row."""
+    """Trees padded on the right; `where` are the nodes read from, `slot` counts these tree by tree."""
 
     tokens: Int[Tensor, "batch pos"]
-    attention_mask: Bool[Tensor, "batch pos"]
+    attention: Bool[Tensor, "batch pos"] | Bool[Tensor, "batch query key"]
+    positions: Int[Tensor, "batch pos"]
     where: Bool[Tensor, "batch pos"]
     slot: Int[Tensor, " reads"]
     token: Int[Tensor, " reads"]
     total: Int[Tensor, " reads"]
+
+    def logits(self, model_view: ModelView) -> Float[Tensor, "read_from d_vocab"]:
+        """Logits at the nodes read from."""
+        with model_view.only_positions(self.where):
+            if self.attention.ndim == 2:
+                logits = model_view.logits(self.tokens, self.attention)
+            else:
+                logits = model_view.packed_logits(self.tokens, self.attention, self.positions)
+        logits = logits.flatten(0, 1)
+        if len(logits) == self.where.numel():  # every position came: nothing could be left out
+            logits = logits[self.where.flatten()]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +96,10 @@ class Reads:
     """Rows of tokens with the log-probabilities to read from them, summed into totals.
 
     Attributes:
-        batches: rows of similar length.
+        batches: trees of similar length.
         n_totals: how many sums there are.
-        n_tokens: tokens of all rows, without padding: the cost of one pass.
-        digest: of all tokens, places and totals, on any device: equal digests mean equal numbers from equal
-            weights.
+        n_tokens: tokens of all trees, without padding: the cost of one pass.
+        digest: of what is summed, on any device, packed or not: with equal weights, equal sums.
     """
 
     batches: tuple[_Batch, ...] = field(repr=False)
@@ -62,74 +114,119 @@ class Reads:
         totals = torch.zeros(self.n_totals, dtype=torch.float64, device=model_view.device)
         with torch.inference_mode():
             for batch in tqdm(self.batches, desc=description, disable=not show_progress, leave=False):
-                with model_view.only_positions(batch.where):
-                    logits = model_view.logits(batch.tokens, batch.attention_mask).flatten(0, 1)
-                if len(logits) == batch.where.numel():  # every position came: nothing could be left out
-                    logits = logits[batch.where.flatten()]
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits = batch.logits(model_view)
                 read = logits[batch.slot, batch.token] - logits.logsumexp(-1)[batch.slot]
                 totals.index_add_(0, batch.total, read.double())
         return totals.cpu().numpy()
 
 
-def collect_reads(
-    wanted: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]],
-    *,
-    device: torch.device,
-    pad: int,
-    batch_tokens: int,
-) -> Reads:
+def collect_reads(model: Any, wanted: Sequence[Wanted], *, pack: bool, batch_tokens: int | None) -> Reads:
     """Batches for sums of log-probabilities.
 
     Args:
+        model: decides the device, the padding, and whether rows can be packed.
         wanted: for each sum, the tokens of a row and the (position, token) pairs: the log-probability of
             `token` as the successor of `position` is added.
-        device: where the batches are kept.
-        pad: token that fills rows up; never attended to or read from.
-        batch_tokens: most tokens a batch, padding included (a single longer row is a batch of its own).
+        pack: compute common beginnings once, if the model obeys. Hooks of the caller would see packed rows.
+        batch_tokens: most tokens a batch, padding included (a longer tree is a batch of its own); None for
+            the default of the device.
     """
-    check_positive("batch_tokens", batch_tokens)
-    rows = sorted({tuple(row) for row, _ in wanted})
-    # In sorted order a row that begins others is directly followed by one of them.
-    kept: list[tuple[int, ...]] = []
-    home: dict[tuple[int, ...], int] = {}
-    for row in reversed(rows):
-        if not kept or kept[-1][: len(row)] != row:
-            kept.append(row)
-        home[row] = len(kept) - 1
-    order = sorted(range(len(kept)), key=lambda index: (len(kept[index]), kept[index]))
-    groups: list[list[int]] = []
-    for index in order:
-        if not groups or len(kept[index]) * (len(groups[-1]) + 1) > batch_tokens:
+    model_view = view(model)
+    model_view.require_eval()
+    budget = _batch_tokens(model_view) if batch_tokens is None else batch_tokens
+    check_positive("batch_tokens", budget)
+    trees = _trees(wanted, model_view.n_ctx if pack else 0)
+    branched = [tree for tree in trees if tree.branched]
+    if branched:
+        largest = max(branched, key=lambda tree: len(tree.tokens))
+        if not _obeys(model_view, [wanted[total] for total in sorted({read[2] for read in largest.reads})]):
+            trees = _trees(wanted, 0)
+    content = repr([(list(row), list(places)) for row, places in wanted])
+    digest = hashlib.blake2b(content.encode(), digest_size=16)
+    return Reads(
+        _batches(model_view, trees, budget),
+        len(wanted),
+        sum(len(t.tokens) for t in trees),
+        digest.hexdigest(),
+    )
+
+
+def _trees(wanted: Sequence[Wanted], longest: int) -> list[_Tree]:
+    """The trees of all rows; branches only where half of a row is shared, in trees up to `longest` tokens."""
+    trees: list[_Tree] = []
+    home: dict[tuple[int, ...], tuple[_Tree, list[int]]] = {}
+    last: tuple[int, ...] = ()
+    # In sorted order the beginning that a row shares with any row before it, it shares with the last one.
+    for row in sorted({tuple(row) for row, _ in wanted}):
+        shared = next((i for i, (a, b) in enumerate(zip(last, row)) if a != b), min(len(last), len(row)))
+        tree, path = home.get(last, (_Tree(), []))
+        fits = 2 * shared >= len(row) and len(tree.tokens) + len(row) - shared <= longest
+        extends = shared == len(last) and not tree.branched
+        if not trees or not (extends or fits):
+            tree, path, shared = _Tree(), [], 0
+            trees.append(tree)
+        parent = path[shared - 1] if shared else -1
+        home[row] = tree, path[:shared] + tree.grow(parent, row[shared:])
+        last = row
+    for total, (tokens, places) in enumerate(wanted):
+        tree, path = home[tuple(tokens)]
+        tree.reads += [(path[position], token, total) for position, token in places]
+    return trees
+
+
+def _batches(model_view: ModelView, trees: list[_Tree], budget: int) -> tuple[_Batch, ...]:
+    groups: list[list[_Tree]] = []
+    for tree in sorted(trees, key=lambda tree: (tree.branched, len(tree.tokens))):
+        fits = groups and len(tree.tokens) * (len(groups[-1]) + 1) <= budget
+        if not fits or tree.branched != groups[-1][0].branched:
             groups.append([])
-        groups[-1].append(index)
-    reads: dict[int, list[tuple[int, int, int]]] = {index: [] for index in order}
-    for total, (tokens_of, places) in enumerate(wanted):
-        reads[home[tuple(tokens_of)]].extend((position, token, total) for position, token in places)
-    digest = hashlib.blake2b(digest_size=16)
-    batches: list[_Batch] = []
-    for group in groups:
-        tokens = torch.full((len(group), max(len(kept[index]) for index in group)), pad, dtype=torch.long)
-        attention_mask = torch.zeros_like(tokens, dtype=torch.bool)
-        where = torch.zeros_like(attention_mask)
-        found: list[tuple[int, int, int, int]] = []
-        for place, index in enumerate(group):
-            row = kept[index]
-            tokens[place, : len(row)] = torch.tensor(row)
-            attention_mask[place, : len(row)] = True
-            found += [(place, *read) for read in reads[index]]
-            digest.update(repr((row, reads[index])).encode())
-        columns = torch.tensor(found, dtype=torch.long).reshape(-1, 4).T.contiguous()
-        place_of, position_of, token_of, total_of = columns
-        where[place_of, position_of] = True
-        slot = (where.flatten().cumsum(0) - 1).view_as(tokens)[place_of, position_of]
-        tensors = (tokens, attention_mask, where, slot, token_of, total_of)
-        batches.append(_Batch(*(tensor.to(device) for tensor in tensors)))
-    return Reads(tuple(batches), len(wanted), sum(map(len, kept)), digest.hexdigest())
+        groups[-1].append(tree)
+    return tuple(_batch(model_view, group) for group in groups)
 
 
-def default_batch_tokens(model_view: ModelView) -> int:
-    """Tokens a batch by device: on a CPU larger batches fall out of its cache, on a GPU logits bound them."""
+def _batch(model_view: ModelView, group: list[_Tree]) -> _Batch:
+    shape = (len(group), max(len(tree.tokens) for tree in group))
+    tokens = torch.full(shape, model_view.pad_token_id, dtype=torch.long)
+    positions = torch.zeros_like(tokens)
+    real = torch.zeros(shape, dtype=torch.bool)
+    # Padding sees itself, so that no softmax is empty.
+    seen = torch.eye(shape[1], dtype=torch.bool).repeat(len(group), 1, 1)
+    reads: list[tuple[int, int, int, int]] = []
+    for place, tree in enumerate(group):
+        n = len(tree.tokens)
+        tokens[place, :n], positions[place, :n] = torch.tensor(tree.tokens), torch.tensor(tree.positions)
+        real[place, :n] = True
+        if tree.branched:
+            seen[place, :n, :n] = torch.from_numpy(tree.attention())
+        reads += [(place, *read) for read in tree.reads]
+    place_of, node_of, token_of, total_of = (
+        torch.tensor(reads, dtype=torch.long).reshape(-1, 4).T.contiguous()
+    )
+    where = torch.zeros_like(real)
+    where[place_of, node_of] = True
+    slot = (where.flatten().cumsum(0) - 1).view_as(tokens)[place_of, node_of]
+    attention = seen if group[0].branched else real
+    tensors = (tokens, attention, positions, where, slot, token_of, total_of)
+    return _Batch(*(tensor.to(model_view.device) for tensor in tensors))
+
+
+def _obeys(model_view: ModelView, wanted: Sequence[Wanted]) -> bool:
+    """Whether packed rows give the numbers of plain rows; in half precision that could not be told."""
+    if model_view.dtype not in (torch.float32, torch.float64):
+        return False
+    sums = []
+    for longest in (0, model_view.n_ctx):
+        batches = _batches(model_view, _trees(wanted, longest), _batch_tokens(model_view))
+        reads = Reads(batches, len(wanted), 0, "")
+        try:
+            sums.append(reads.totals(model_view.model, description="", show_progress=False))
+        except Exception:  # whatever a model raises that knows no such mask
+            return False
+    return bool(np.abs(sums[0] - sums[1]).max() <= _TOLERANCE)
+
+
+def _batch_tokens(model_view: ModelView) -> int:
+    """On a CPU larger batches fall out of its cache; on a GPU logits bound them."""
     if model_view.device.type == "cpu":
-        return 2048
+        return 1024
     return max(1024, min(32768, 2**29 // model_view.d_vocab))

@@ -128,7 +128,7 @@ def effect(
     check_positive("n_random", n_random)
     check_positive("n_draws", n_draws)
     check_split(stories, ("train", "dev"), _HELD_OUT)
-    scoring = prepare_scoring(model, stories, prepend_bos=prepend_bos, batch_tokens=batch_tokens)
+    scoring = prepare_scoring(model, stories, prepend_bos=prepend_bos, batch_tokens=batch_tokens, pack=True)
     prepared_text = prepare_text(model, text, batch_tokens=batch_tokens)
     meter = PointMeter(model, scoring, prepared_text, operator=operator, on_point=on_point, resume=resume)
     named: list[tuple[str, int | None, SparseMask | None]] = [("before", None, None)]

@@ -167,7 +167,9 @@ def kappa_sweep(
     _masks(
         ranked[0].top(0.0), ranked[1].top(0.0)
     )  # refuses sensitivities of different weights before long work
-    scoring = prepare_scoring(model, dev_stories, prepend_bos=prepend_bos, batch_tokens=batch_tokens)
+    scoring = prepare_scoring(
+        model, dev_stories, prepend_bos=prepend_bos, batch_tokens=batch_tokens, pack=True
+    )
     text = prepare_text(model, dev_text, batch_tokens=batch_tokens)
     meter = PointMeter(model, scoring, text, operator=operator, on_point=on_point, resume=resume)
     measures = Measures(scoring)
