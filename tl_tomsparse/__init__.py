@@ -1,1 +1,65 @@
-"""Find, edit and examine the few weights that a capability of a language model hangs on."""
+"""Find, edit and examine the few weights that a capability of a language model hangs on.
+
+The public names, in the order of the pipeline; figures are in `tl_tomsparse.plot`.
+"""
+
+from . import plot
+from ._checks import TomsparseError
+from .edit import SparseEdit
+from .effect import Effect, effect
+from .evaluate import Perplexity, StoryScores, perplexity, score_stories
+from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
+from .mask import SparseMask
+from .models import load_model
+from .ranking import RankedEntries, rank_entries, top_fraction
+from .samples import Samples, story_samples, text_samples
+from .sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
+from .stories import Question, Story, generate_stories, generate_texts, read_jsonl, write_jsonl
+from .verdict import Claim, verdict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # models
+    "load_model",
+    # stories and text
+    "Story",
+    "Question",
+    "generate_stories",
+    "generate_texts",
+    "read_jsonl",
+    "write_jsonl",
+    # samples
+    "Samples",
+    "story_samples",
+    "text_samples",
+    # sensitivity
+    "FisherAccumulator",
+    "Sensitivity",
+    "fisher_diagonal",
+    # masks
+    "SparseMask",
+    "RankedEntries",
+    "rank_entries",
+    "top_fraction",
+    # edits
+    "SparseEdit",
+    # answers and text
+    "StoryScores",
+    "Perplexity",
+    "score_stories",
+    "perplexity",
+    # experiments
+    "KappaSweep",
+    "KappaChoice",
+    "Effect",
+    "Claim",
+    "arm_masks",
+    "kappa_sweep",
+    "choose_kappa",
+    "effect",
+    "verdict",
+    # figures and errors
+    "plot",
+    "TomsparseError",
+]

@@ -20,7 +20,7 @@ from tl_tomsparse.stories import generate_texts
 from tl_tomsparse.stories.generate import FORMS, generate_scenes
 from tl_tomsparse.stories.lexicon import Draw
 from tl_tomsparse.stories.scenarios import Scene
-from tl_tomsparse.stories.story import Question
+from tl_tomsparse.stories.story import Kind
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,19 @@ class Stage:
     kinds: tuple[str, ...]  # of general text
     agents: tuple[int, int]
     second_order: float  # chance of each second-order question
+    distractors: float = 1.0  # share of stories with sentences that have no bearing on the answers
+    rounds: bool = True  # half of the stories have more than one move
+    presence: int = 1  # questions about who is there, in each transfer story
 
 
 ALL_KINDS = ("description", "counting", "lookup", "repetition", "fact")
 CURRICULUM = (
     # Looking a thing up by a name comes first: beliefs are looked up by name too.
     Stage(0.06, 0.6, ("lookup", "lookup", "repetition", "description", "counting"), (2, 3), 0.0),
-    Stage(0.40, 0.15, ALL_KINDS, (2, 4), 0.15),
-    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.5),
+    Stage(0.36, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
+    # Then who was there, in short stories: what an agent believes hangs on when the agent was present.
+    Stage(0.66, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
+    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.5, presence=1),
 )
 STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
 
@@ -56,7 +61,7 @@ class Row:
     previous: list[int]  # index of that one
 
 
-def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, second_order: float, length: int) -> Row:
+def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, stage: Stage, length: int) -> Row:
     """The story, then questions after its end and after earlier sentences."""
     pieces = tokenizer(scene.sentences, add_special_tokens=False)["input_ids"]
     tokens = [tokenizer.bos_token_id]
@@ -73,8 +78,8 @@ def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, seco
         [0.0] + [STORY_WEIGHT] * (n - 1),
         [max(0, i - 1) for i in range(n)],
     )
-    questions = [(question, ends[at]) for question, at in _questions(scene, draw, second_order)]
-    encoded = tokenizer([f"{q.text} {q.answer}" for q, _ in questions], add_special_tokens=False)["input_ids"]
+    questions = [(text, ends[at]) for text, at in _questions(scene, draw, stage)]
+    encoded = tokenizer([text for text, _ in questions], add_special_tokens=False)["input_ids"]
     for number, ((_, end), words) in enumerate(zip(questions, encoded), start=1):
         start = len(row.tokens)
         if start + len(words) > length:
@@ -88,20 +93,25 @@ def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, seco
     return row
 
 
-def _questions(scene: Scene, draw: Draw, second_order: float) -> list[tuple[Question, int]]:
+def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[tuple[str, int]]:
+    """Questions with their answers, and the sentence after which each is asked."""
     last = len(scene.sentences) - 1
     settled = [i for i, state in enumerate(scene.states) if state is not None]
     pairs = [(a, b) for a in scene.agents for b in scene.agents if a != b]
-    chosen = [(scene.question("belief", (a,), form=draw.choice(FORMS)), last) for a in scene.agents]
-    chosen += [
-        (scene.question("belief", pair, form=draw.choice(FORMS)), last) for pair in pairs if draw.coin(second_order)
-    ]
-    chosen.append((scene.question("reality", form=draw.choice(FORMS)), last))
-    chosen.append((scene.question("memory", form=draw.choice(FORMS)), last))
+    asked: list[tuple[Kind, tuple[str, ...], int]] = [("belief", (a,), last) for a in scene.agents]
+    asked += [("belief", pair, last) for pair in pairs if draw.coin(stage.second_order)]
+    asked += [("reality", (), last), ("memory", (), last)]
     for _ in range(4):
         at = draw.choice(settled)
-        agents = (draw.choice(scene.agents),) if draw.coin(0.85) else ()
-        chosen.append((scene.question("belief" if agents else "reality", agents, form=draw.choice(FORMS), at=at), at))
+        asked.append(("belief", (draw.choice(scene.agents),), at) if draw.coin(0.85) else ("reality", (), at))
+    chosen = []
+    for kind, agents, at in asked:
+        question = scene.question(kind, agents, form=draw.choice(FORMS), at=at)
+        chosen.append((f"{question.text} {question.answer}", at))
+    if scene.scenario == "transfer":
+        for _ in range(stage.presence):
+            at, agent = draw.choice(settled), draw.choice(scene.agents)
+            chosen.append((f"Right now, {agent} is {'here' if agent in scene.present[at] else 'away'}", at))
     return draw.shuffled(chosen)
 
 
@@ -118,18 +128,16 @@ def rows(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, n: int, le
     draw = Draw("training", seed)
     kinds = stage.kinds
     texts = iter(generate_texts(n, seed=seed, kinds=kinds))
-    # Scenes without end: three shapes take turns, so that no count of places or moves is the rule.
-    shapes = [
-        generate_scenes(10 * n, seed=seed, split="train", agents=stage.agents),
-        generate_scenes(10 * n, seed=seed + 1, split="train", agents=stage.agents, places=3, rounds=2),
-        generate_scenes(10 * n, seed=seed + 2, split="train", agents=stage.agents, rounds=2),
-    ]
+    # Scenes without end: several shapes take turns, so that no count of places or moves is the rule.
+    plain = {"split": "train", "agents": stage.agents}
+    shapes = [generate_scenes(10 * n, seed=seed, **plain), generate_scenes(10 * n, seed=seed + 3, distractors=False, **plain)]
+    shapes += [generate_scenes(10 * n, seed=seed + 1, places=3, rounds=2, **plain), generate_scenes(10 * n, seed=seed + 2, rounds=2, **plain)]
     for _ in range(n):
         if draw.coin(stage.general):
             yield text_row(tokenizer, next(texts), length)
         else:
-            scene = next(shapes[draw.choice((0, 0, 1, 2))])
-            yield story_row(tokenizer, scene, draw, stage.second_order, length)
+            shape = draw.choice((2, 3)) if stage.rounds and draw.coin() else int(not draw.coin(stage.distractors))
+            yield story_row(tokenizer, next(shapes[shape]), draw, stage, length)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from data import CURRICULUM, Batch, Row, Stage, collate, rows
 from probe import probe
 from tokenizer import build
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WIDTH, CHUNK = 224, 960
 
@@ -96,7 +96,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build(2304, args.out / "tokenizer")
+    words = args.out / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(words) if words.exists() else build(2304, words)
     model = LlamaForCausalLM(model_config(tokenizer))
     optims = optimisers(model)
     backbone = torch.compile(model.model)  # twice as fast; shares the parameters

@@ -31,6 +31,7 @@ def generate_stories(
     rounds: int = 1,
     forms: Sequence[Form] = FORMS,
     second_order: int = 2,
+    distractors: bool = True,
 ) -> list[Story]:
     """Generate stories about who believes what, with every answer computed by dynamic epistemic logic.
 
@@ -50,6 +51,7 @@ def generate_stories(
         rounds: how often things may be moved in transfer stories.
         forms: "completion", "question" or both (drawn for each question).
         second_order: number of second-order questions in each story, at most.
+        distractors: add sentences without a bearing on the answers. Without them, where a word stands gives answers away.
 
     Returns:
         The stories, in a fixed order.
@@ -71,6 +73,7 @@ def generate_stories(
         agents=agents,
         places=places,
         rounds=rounds,
+        distractors=distractors,
     )
     return [
         Story(
@@ -99,6 +102,7 @@ def generate_scenes(
     agents: tuple[int, int] = (2, 4),
     places: int = 2,
     rounds: int = 1,
+    distractors: bool = True,
 ) -> Iterator[Scene]:
     """The scenes that [`generate_stories`][] makes stories of: sentences with the epistemic state after each."""
     check_split(split)
@@ -128,9 +132,18 @@ def generate_scenes(
                 n_places=places,
                 rounds=rounds,
                 swap=swap,
+                distractors=distractors,
             )
         else:
-            yield draw_contents(draw, condition, split=split, wording=wording, n_agents=n_agents, swap=swap)
+            yield draw_contents(
+                draw,
+                condition,
+                split=split,
+                wording=wording,
+                n_agents=n_agents,
+                swap=swap,
+                distractors=distractors,
+            )
 
 
 def _schedule(scenarios: Sequence[str], conditions: Sequence[str] | None) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ class Scene:
         first: the answer to the memory question.
         slots: words that questions need (the thing, or the package).
         sentences, states: of equal length; `states[i]` holds after `sentences[i]`, None while there is nothing to ask about.
+        inside: who is there now; `present[i]` who was after `sentences[i]`.
     """
 
     draw: Draw
@@ -52,11 +53,14 @@ class Scene:
     slots: dict[str, str]
     sentences: list[str] = field(default_factory=list)
     states: list[State | None] = field(default_factory=list)
+    inside: set[str] = field(default_factory=set)
+    present: list[frozenset[str]] = field(default_factory=list)
 
     def tell(self, kind: str, state: State | None, **slots: str) -> None:
         """Add a sentence and the state after it."""
         self.sentences.append(sentence(self.draw, self.wording, kind, **self.slots, **slots))
         self.states.append(state)
+        self.present.append(frozenset(self.inside))
 
     @property
     def state(self) -> State:
@@ -98,6 +102,7 @@ class Scene:
         text = sentence(self.draw, self.wording, kind, **{**self.slots, **words, **slots})
         self.sentences.insert(position, text)
         self.states.insert(position, self.states[position - 1])
+        self.present.insert(position, self.present[position - 1])
 
     def question(self, kind: Kind, agents: tuple[str, ...] = (), *, form: Form = "completion", at: int = -1) -> Question:
         """A question about the state after sentence `at`, answered by the logic.
@@ -119,7 +124,8 @@ class Scene:
 
 
 def draw_transfer(
-    draw: Draw, condition: str, *, split: str, wording: Wording, n_agents: int, n_places: int, rounds: int, swap: bool
+    draw: Draw, condition: str, *, split: str, wording: Wording, n_agents: int, n_places: int, rounds: int, swap: bool,
+    distractors: bool,
 ) -> Scene:
     """An unexpected transfer; earlier rounds (if any) go as they like, the last one follows the condition."""
     protagonist, mover, others = _people(draw, split, n_agents)
@@ -135,6 +141,7 @@ def draw_transfer(
         draw, wording, "transfer", condition, agents, protagonist, places, places[0], {"O": thing, "R": room}
     )
     order = draw.shuffled(range(n_places))
+    scene.inside |= set(agents)
     scene.tell("intro", None, L=listed(agents))
     scene.tell("places" if n_places == 2 else "places3", None, **dict(zip("ABC", (places[i] for i in order))))
     scene.tell(
@@ -143,7 +150,6 @@ def draw_transfer(
         M=draw.choice((protagonist, mover)),
         A=places[0],
     )
-    inside = set(agents)
     for left in reversed(range(rounds)):
         fates = {agent: draw.choice(("present", "present", "absent", "absent", "informed", "peeking")) for agent in agents}
         moved = True
@@ -151,16 +157,18 @@ def draw_transfer(
             fates[protagonist] = {"false_belief": "absent", "no_transfer": "absent"}.get(condition, condition)
             moved = condition != "no_transfer"
         del fates[mover]
-        _transfer_round(scene, mover, fates, inside, moved)
+        _transfer_round(scene, mover, fates, moved)
     for agent in draw.shuffled(agents):
-        if agent not in inside and draw.coin():
+        if agent not in scene.inside and draw.coin():
+            scene.inside.add(agent)
             scene.tell("return", scene.state, P=agent)
-    scene.pad("about_place", "A")
+    if distractors:
+        scene.pad("about_place", "A")
     return scene
 
 
-def _transfer_round(scene: Scene, mover: str, fates: dict[str, str], inside: set[str], moved: bool) -> None:
-    draw = scene.draw
+def _transfer_round(scene: Scene, mover: str, fates: dict[str, str], moved: bool) -> None:
+    draw, inside = scene.draw, scene.inside
     if mover not in inside:
         inside.add(mover)
         scene.tell("return", scene.state, P=mover)
@@ -197,7 +205,9 @@ def _transfer_round(scene: Scene, mover: str, fates: dict[str, str], inside: set
         scene.tell("tell", state, M=mover, Q=agent, B=here)
 
 
-def draw_contents(draw: Draw, condition: str, *, split: str, wording: Wording, n_agents: int, swap: bool) -> Scene:
+def draw_contents(
+    draw: Draw, condition: str, *, split: str, wording: Wording, n_agents: int, swap: bool, distractors: bool
+) -> Scene:
     """Unexpected contents: `mover` fills the package, the others find it."""
     protagonist, filler, others = _people(draw, split, n_agents)
     while True:
@@ -230,7 +240,8 @@ def draw_contents(draw: Draw, condition: str, *, split: str, wording: Wording, n
         else:
             state = update(scene.state, learn(scene.agents, "contents", values, {agent, filler}))
             scene.tell("tell_contents", state, M=filler, Q=agent, X=real)
-    scene.pad("about_contents", "X")
+    if distractors:
+        scene.pad("about_contents", "X")
     return scene
 
 
