@@ -105,10 +105,10 @@ def _resolve_source(source: str | os.PathLike[str] | None) -> tuple[str, str]:
         return str(EMBEDDED), EMBEDDED_NAME
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         _check_directory(path)
         return str(path), path.resolve().name
-    if path.exists():
+    if text and path.exists():
         raise TomsparseError(f"{text} is a file; pass the directory that holds config.json and the weights.")
     if not text or isinstance(source, os.PathLike) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise TomsparseError(f"There is no model directory {text!r}.")

@@ -265,7 +265,7 @@ class FisherAccumulator:
         del hook
         if not torch.is_grad_enabled():
             return None
-        if key in self._pass.seen:
+        if not self._pass.seen or key in self._pass.seen:  # a forward pass begins
             self._pass = _Pass(self.row_names)
         self._pass.seen.add(key)
         if not y.requires_grad:
@@ -355,7 +355,8 @@ def fisher_diagonal(
     longest = samples.tokens.shape[1]
     if longest > model_view.n_ctx:
         raise TomsparseError(
-            f"Samples have up to {longest} tokens and {model_view.name} reads {model_view.n_ctx}."
+            f"Samples have up to {longest} tokens and {model_view.name} reads {model_view.n_ctx}; "
+            "use shorter ones."
         )
     budget = batch_tokens or _BATCH_TOKENS.get(model_view.device.type, _BATCH_TOKENS_ELSEWHERE)
     check_positive("batch_tokens", budget)
@@ -389,8 +390,8 @@ def _loss(read: Reader, batch: Samples) -> Tensor:
     logits = read(batch.tokens[:, :-1], batch.attention_mask[:, :-1], where)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = batch.tokens[:, 1:][where].to(logits.device)
-    share = (1.0 / where.sum(1, keepdim=True)).expand(where.shape)[where].to(logits)
-    return torch.dot(nn.functional.cross_entropy(logits, targets, reduction="none"), share)
+    counts = where.sum(1, keepdim=True).expand(where.shape)[where].to(logits)
+    return (nn.functional.cross_entropy(logits, targets, reduction="none") / counts).sum()
 
 
 class _Progress:
