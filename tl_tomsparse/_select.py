@@ -36,7 +36,7 @@ def bad_value(flat: Float[Tensor, " d"]) -> float | None:
     return next((extreme for extreme in extremes if not 0.0 <= extreme < float("inf")), None)
 
 
-def largest(flats: Sequence[Float[Tensor, " d"]], k: int) -> tuple[Int64[Tensor, " k"], Int64[Tensor, " k"]]:
+def largest(flats: Sequence[Float[Tensor, " _"]], k: int) -> tuple[Int64[Tensor, " k"], Int64[Tensor, " k"]]:
     """The k largest entries of all tensors together, largest first.
 
     Args:

@@ -57,8 +57,8 @@ class SparseEdit:
     """
 
     mask: SparseMask
-    before: Mapping[Key, Float[Tensor, " k"]]
-    after: Mapping[Key, Float[Tensor, " k"]]
+    before: Mapping[Key, Float[Tensor, " _"]]
+    after: Mapping[Key, Float[Tensor, " _"]]
     operator: str
 
     @property

@@ -57,7 +57,7 @@ class SparseMask:
 
     identity: ModelIdentity
     shapes: Mapping[Key, tuple[int, ...]]
-    entries: Mapping[Key, Int64[Tensor, " k"]]
+    entries: Mapping[Key, Int64[Tensor, " _"]]
 
     def __post_init__(self) -> None:
         if missing := [key for key in self.entries if key not in self.shapes]:

@@ -55,8 +55,8 @@ class RankedEntries:
     shapes: Mapping[Key, tuple[int, ...]]
     quota: Quota
     kappa_max: float
-    entries: Mapping[Key, Int64[Tensor, " k"]]
-    ranks: Mapping[Key, Int64[Tensor, " k"]]
+    entries: Mapping[Key, Int64[Tensor, " _"]]
+    ranks: Mapping[Key, Int64[Tensor, " _"]]
 
     def top(self, kappa: float) -> SparseMask:
         """The mask of exactly round(kappa * d) entries of each matrix, or of all together for "global".
