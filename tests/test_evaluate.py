@@ -122,7 +122,7 @@ def test_a_model_that_does_not_obey_the_mask_is_noticed(monkeypatch):
 def test_trees_of_any_shape_hold_every_row():
     rng = np.random.default_rng(0)
     for longest in (0, 12, 40):
-        rows = [tuple(rng.integers(0, 2, rng.integers(1, 14))) for _ in range(60)]
+        rows = [tuple(rng.integers(0, 2, rng.integers(1, 14)).tolist()) for _ in range(60)]
         wanted = [(row, [(len(row) - 1, number)]) for number, row in enumerate(rows)]
         found = {}
         for tree in _trees(wanted, longest):

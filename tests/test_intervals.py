@@ -41,7 +41,7 @@ def test_the_estimate_is_the_ratio_of_sums_and_draws_do_not_depend_on_order():
 def test_nothing_to_estimate_is_nan():
     empty = ClusterBootstrap(3, n_draws=50).ratio(np.zeros(3), np.zeros(3))
     assert math.isnan(empty.value)
-    assert empty.p_differs() == empty.p_within(-1, 1) == 1.0
+    assert empty.p_differs() == empty.p_within(-1.0, 1.0) == 1.0
 
 
 def test_no_change_in_a_few_stories_is_no_proof_of_no_change():

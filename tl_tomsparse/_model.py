@@ -344,7 +344,7 @@ class ModelView:
 
     def logits(
         self, tokens: Int[Tensor, "batch pos"], attention_mask: Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "rows read d_vocab"]:
         """Logits of right-padded rows."""
         device = self.device
         mask = attention_mask.to(device=device, dtype=torch.long)
@@ -362,7 +362,7 @@ class ModelView:
         tokens: Int[Tensor, "batch pos"],
         attention: Bool[Tensor, "batch query key"],
         positions: Int[Tensor, "batch pos"],
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "rows read d_vocab"]:
         """Logits of rows that hold several continuations of one beginning, each seeing only its own past.
 
         Not every model obeys a given mask and positions (`HookedTransformer` does not); see `logits`.
