@@ -28,7 +28,7 @@ def test_a_bad_line_is_named(tmp_path):
     record = json.loads(good[1])
     del record["questions"][0]["form"]
     path.write_text(good[0] + "\n" + json.dumps(record) + "\n")
-    with pytest.raises(TomsparseError, match="line 2.*form"):
+    with pytest.raises(TomsparseError, match=r"line 2.*form"):
         read_jsonl(path)
     record = json.loads(good[1])
     record["questions"][0]["answer"] = "moon"

@@ -17,7 +17,9 @@ def test_lookups_answer_what_was_said():
         answers = re.findall(r"The (\w+) of (\w+) is (\w+)", text)
         assert has
         assert all(has[who] == (colour, thing) for thing, who, colour in answers)
-        assert all(has[who][1] == thing for thing, who in re.findall(r"Who has the (\w+)\? It is (\w+)", text))
+        assert all(
+            has[who][1] == thing for thing, who in re.findall(r"Who has the (\w+)\? It is (\w+)", text)
+        )
 
 
 def test_counts_add_up():
@@ -50,7 +52,9 @@ def test_kinds_take_turns_and_are_seeded():
     assert not any("  " in text for text in texts)
 
 
-@pytest.mark.parametrize("options", [{"n": 0}, {"n": 1, "kinds": ("poem",)}, {"n": 1, "split": "x"}, {"n": 1, "sentences": 0}])
+@pytest.mark.parametrize(
+    "options", [{"n": 0}, {"n": 1, "kinds": ("poem",)}, {"n": 1, "split": "x"}, {"n": 1, "sentences": 0}]
+)
 def test_bad_values_are_refused(options):
     with pytest.raises(TomsparseError):
         generate_texts(**options)

@@ -1,4 +1,4 @@
-"""Generated stories: computed answers, matched controls, no shortcut, disjoint splits, the same everywhere."""
+"""Generated stories: computed answers, matched controls, no shortcut, disjoint splits, deterministic."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def reality(story):
 @pytest.mark.parametrize("name", HEURISTICS)
 @pytest.mark.parametrize("wording", ["seen", "new"])
 def test_a_shortcut_is_no_better_than_chance_over_the_balanced_conditions(name, wording):
-    """The balanced set: the protagonists' beliefs, false in half of the stories and true in the matched controls."""
+    """The balanced set: the protagonists' beliefs, false in half of the stories and true in the matched
+    controls.
+    """
     rule = HEURISTICS[name]
     marks = [
         rule(story, q, reality(story)) == q.answer
@@ -91,15 +93,18 @@ def test_conditions_are_balanced_and_matched(stories):
 def test_twins_differ_only_in_the_roles_of_the_two_objects(stories):
     for one, other in zip(stories[::2], stories[1::2]):
         a, b = sorted(one.questions[0].options)
-        swapped = re.sub(rf"\b({a}|{b})\b", lambda m: b if m[0] == a else a, one.text, flags=re.I)
+        other_word = {a: b, b: a}
+        swapped = re.sub(rf"\b({a}|{b})\b", lambda m, to=other_word: to[m[0].lower()], one.text, flags=re.I)
         # The article and the capital follow the word.
         plain = re.compile(r"\b(an?)\b", re.I)
         assert plain.sub("a", swapped).lower() == plain.sub("a", other.text).lower()
-        assert [q.answer for q in one.questions] == [a if q.answer == b else b for q in other.questions]
+        assert [q.answer for q in one.questions] == [other_word[q.answer] for q in other.questions]
 
 
 def test_every_question_asks_about_the_state_that_the_sentences_tell():
-    """The text alone, read by a few regular expressions, gives the same first-order answers (transfer, seen wording, one round)."""
+    """The text alone, read by a few regular expressions, gives the same first-order answers (transfer, seen
+    wording, one round).
+    """
     checked = 0
     for scene in generate_scenes(1200, seed=11, split="train", scenarios=("transfer",)):
         if scene.wording != "seen":
@@ -111,12 +116,18 @@ def test_every_question_asks_about_the_state_that_the_sentences_tell():
         for agent in scene.agents:
             leaves = re.compile(
                 rf"^(?:Then, |Now, |After that, |A little later, |Soon, )?{agent} "
-                r"(leaves|exits|goes away|walks away|goes out|walks out|goes outside|goes home|has to|says goodbye|waves|goes|walks|runs)"
+                r"(leaves|exits|goes|walks|runs|has to|says goodbye|waves)"
             )
             away = any(leaves.search(s) and " to the " not in s for s in text[started + 1 :])
             learns = any(
-                re.search(rf"\b{agent}\b", s) and re.search(r"\b(tells|informs|calls|writes|meets|whispers|sends|hears|sees \w+ (put|hide)|watches \w+ put)\b", s)
-                and not re.search(rf"^(?:Then, |Later, )?{agent} (tells|informs|calls|writes|meets|whispers|sends)", s)
+                re.search(rf"\b{agent}\b", s)
+                and re.search(
+                    r"\b(tells|informs|calls|writes|meets|whispers|sends|hears|(sees|watches) \w+ (put|hide))",
+                    s,
+                )
+                and not re.search(
+                    rf"^(?:Then, |Later, )?{agent} (tells|informs|calls|writes|meets|whispers|sends)", s
+                )
                 for s in text[started + 1 :]
             )
             if moved:
@@ -162,7 +173,9 @@ def test_lists_have_no_duplicates_and_options_do_not_hide_in_other_words():
 
 
 def test_options_can_be_asked_for():
-    three = generate_stories(40, seed=1, scenarios=("transfer",), places=3, rounds=2, agents=(3, 5), forms=("question",))
+    three = generate_stories(
+        40, seed=1, scenarios=("transfer",), places=3, rounds=2, agents=(3, 5), forms=("question",)
+    )
     assert all(len(q.options) == 3 and q.form == "question" for s in three for q in s.questions)
     assert {len(s.agents) for s in three} == {3, 4, 5}
     only = generate_stories(8, conditions=("informed",))

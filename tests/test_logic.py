@@ -25,7 +25,7 @@ VALUES = ("a", "b", "c")
 
 
 def oracle(chain, events, start="a"):
-    """What a chain of agents believes, by replaying the events through their eyes: no Kripke model anywhere."""
+    """What a chain of agents believes, by replaying the events through their eyes, without Kripke models."""
     if not events:
         return start
     kind, *rest = events[-1]
@@ -34,7 +34,8 @@ def oracle(chain, events, start="a"):
         value, observers, secret = rest
         if not chain:
             return value
-        # One secret observer may come first (then see the others openly); nobody else's view contains a secret one.
+        # One secret observer may come first (then see the others openly); nobody else's view contains a
+        # secret one.
         inner = list(chain)
         if inner[0] in secret and inner[0] not in observers:
             first = inner[0]
@@ -173,6 +174,8 @@ def test_refusals_name_what_is_wrong():
     state = State.common_belief(AGENTS, {"x": "a"})
     with pytest.raises(ValueError, match="Clara"):
         update(state, change(("Anna", "Ben"), "x", "b", ["Anna"]))
-    impossible = Event((Outcome(pre=Fact("x", "b")),), {a: (frozenset({0}),) for a in AGENTS}, lambda _state: 0)
+    impossible = Event(
+        (Outcome(pre=Fact("x", "b")),), {a: (frozenset({0}),) for a in AGENTS}, lambda _state: 0
+    )
     with pytest.raises(ValueError, match="precondition"):
         update(state, impossible)

@@ -1,7 +1,7 @@
 """What is refused, and the messages that a user can meet.
 
-Every refusal names the thing, the value that was found, and the cure. All are [`TomsparseError`][], which is a `ValueError`,
-so that notebooks that already catch bad values keep working.
+Every refusal names the thing, the value that was found, and the cure. All are [`TomsparseError`][], which is
+a `ValueError`, so that notebooks that already catch bad values keep working.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def check_kappa(kappa: float) -> None:
     """Refuse a sparsity that is not a share of the weights."""
     if not 0.0 <= kappa <= 1.0:
         raise TomsparseError(
-            f"kappa={kappa!r} is outside [0, 1]; kappa is the share of each matrix's weights to choose, for example 1e-5."
+            f"kappa={kappa!r} is outside [0, 1]; it is the share of each matrix's weights to choose, "
+            "for example 1e-5."
         )
 
 

@@ -1,10 +1,12 @@
-"""Training rows: a story followed by many questions, each of which sees the story up to one sentence and itself only.
+"""Training rows: a story followed by many questions, each of which sees the story up to one sentence and
+itself only.
 
-    story      s_0 s_1 ... s_k ... s_n        ordinary causal attention
-    question   q_0 ... q_m answer             sees s_0 .. s_k, where k is the sentence after which it is asked, and itself
+    story      s_0 s_1 ... s_k ... s_n        ordinary causal attention question   q_0 ... q_m answer
+    sees s_0 .. s_k, where k is the sentence after which it is asked, and itself
 
-So one row asks every agent, after many events, without one answer giving another away, at the price of reading the story once.
-Only answers weigh fully in the loss; the words of a story are for the most part free choices.
+So one row asks every agent, after many events, without one answer giving another away, at the price of
+reading the story once. Only answers weigh fully in the loss; the words of a story are for the most part free
+choices.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_tomsparse.stories import generate_texts
 from tl_tomsparse.stories.generate import FORMS, generate_scenes
-from tl_tomsparse.stories.lexicon import Draw
+from tl_tomsparse.stories.lexicon import COLOURS, NAMES, ROOMS, THINGS, Draw
 from tl_tomsparse.stories.scenarios import Scene
 from tl_tomsparse.stories.story import Kind
+from tl_tomsparse.stories.wording import listed, sentence
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,25 @@ class Stage:
     distractors: float = 1.0  # share of stories with sentences that have no bearing on the answers
     rounds: bool = True  # half of the stories have more than one move
     presence: int = 1  # questions about who is there, in each transfer story
+    lookup: float = 0.0  # share of rows that are nothing but looking things up by a name
 
 
 ALL_KINDS = ("description", "counting", "lookup", "repetition", "fact")
 CURRICULUM = (
     # Looking a thing up by a name comes first: beliefs are looked up by name too.
-    Stage(0.06, 0.6, ("lookup", "lookup", "repetition", "description", "counting"), (2, 3), 0.0),
-    Stage(0.36, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
+    Stage(0.25, 0.15, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=3, lookup=0.6),
     # Then who was there, in short stories: what an agent believes hangs on when the agent was present.
-    Stage(0.66, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
-    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.5, presence=1),
+    Stage(0.65, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15),
+    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.4, presence=1, rounds=False, lookup=0.05),
 )
 STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
 
 
 @dataclass
 class Row:
-    """Tokens of one row; `block` is 0 in the story and counts the questions, `reach` is how many story tokens a token may see."""
+    """Tokens of one row; `block` is 0 in the story and counts the questions, `reach` is how many story tokens
+    a token may see.
+    """
 
     tokens: list[int]
     positions: list[int]
@@ -63,7 +68,57 @@ class Row:
 
 def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, stage: Stage, length: int) -> Row:
     """The story, then questions after its end and after earlier sentences."""
-    pieces = tokenizer(scene.sentences, add_special_tokens=False)["input_ids"]
+    return _row(tokenizer, scene.sentences, _questions(scene, draw, stage), length)
+
+
+def lookup_row(tokenizer: PreTrainedTokenizerFast, draw: Draw, length: int) -> Row:
+    """What is whose, who is where, who is here: many names, and every name asked."""
+    n = 3 + draw.below(6)
+    names, parts, asked = draw.sample(NAMES, n), [], []
+    kind = draw.below(3)
+    if kind == 0:
+        for name, thing in zip(names, draw.sample(THINGS, n)):
+            colour = draw.choice(COLOURS)
+            parts.append(f"{name} has a {colour} {thing}.")
+            asked += [
+                f"The {thing} of {name} is {colour}",
+                f"{name} has a {colour} {thing}",
+                f"Who has the {thing}? It is {name}",
+            ]
+        parts = draw.shuffled(parts)
+    elif kind == 1:
+        where = {}
+        for name in names + [draw.choice(names) for _ in range(n // 2)]:
+            where[name] = draw.choice(ROOMS)
+            parts.append(
+                f"{name} {draw.choice(('is in', 'goes to', 'walks into', 'enters'))} the {where[name]}."
+            )
+        asked = [
+            text
+            for name in names
+            for text in (
+                f"Right now, {name} is in the {where[name]}",
+                f"Where is {name}? In the {where[name]}",
+            )
+        ]
+    else:
+        slots = {"R": draw.choice(ROOMS)}
+        here = dict.fromkeys(names, True)
+        parts.append(sentence(draw, "seen", "intro", L=listed(names), **slots))
+        for name in [draw.choice(names) for _ in range(n)]:
+            kinds = ("leave", "leave", "stay") if here[name] else ("return",)
+            which = draw.choice(kinds)
+            here[name] = which != "leave"
+            parts.append(sentence(draw, "seen", which, P=name, **slots))
+        asked = [f"Right now, {name} is {'here' if here[name] else 'away'}" for name in names]
+    return _row(tokenizer, parts, [(text, len(parts) - 1) for text in draw.shuffled(asked)], length)
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerFast, sentences: list[str], questions: list[tuple[str, int]], length: int
+) -> Row:
+    """Sentences, then questions with their answers, each asked after one of the sentences."""
+    pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"]
     tokens = [tokenizer.bos_token_id]
     ends = []
     for piece in pieces:
@@ -78,9 +133,9 @@ def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, stag
         [0.0] + [STORY_WEIGHT] * (n - 1),
         [max(0, i - 1) for i in range(n)],
     )
-    questions = [(text, ends[at]) for text, at in _questions(scene, draw, stage)]
     encoded = tokenizer([text for text, _ in questions], add_special_tokens=False)["input_ids"]
-    for number, ((_, end), words) in enumerate(zip(questions, encoded), start=1):
+    for number, ((_, at), words) in enumerate(zip(questions, encoded), start=1):
+        end = ends[at]
         start = len(row.tokens)
         if start + len(words) > length:
             break
@@ -120,7 +175,9 @@ def text_row(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> Row:
     tokens = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:length]
     n = len(tokens)
     weight = [0.0] + [TEXT_WEIGHT] * (n - 1)
-    return Row(tokens, list(range(n)), [0] * n, list(range(1, n + 1)), weight, [max(0, i - 1) for i in range(n)])
+    return Row(
+        tokens, list(range(n)), [0] * n, list(range(1, n + 1)), weight, [max(0, i - 1) for i in range(n)]
+    )
 
 
 def rows(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, n: int, length: int) -> Iterator[Row]:
@@ -130,13 +187,23 @@ def rows(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, n: int, le
     texts = iter(generate_texts(n, seed=seed, kinds=kinds))
     # Scenes without end: several shapes take turns, so that no count of places or moves is the rule.
     plain = {"split": "train", "agents": stage.agents}
-    shapes = [generate_scenes(10 * n, seed=seed, **plain), generate_scenes(10 * n, seed=seed + 3, distractors=False, **plain)]
-    shapes += [generate_scenes(10 * n, seed=seed + 1, places=3, rounds=2, **plain), generate_scenes(10 * n, seed=seed + 2, rounds=2, **plain)]
+    shapes = [
+        generate_scenes(10 * n, seed=seed, **plain),
+        generate_scenes(10 * n, seed=seed + 3, distractors=False, **plain),
+    ]
+    shapes += [
+        generate_scenes(10 * n, seed=seed + 1, places=3, rounds=2, **plain),
+        generate_scenes(10 * n, seed=seed + 2, rounds=2, **plain),
+    ]
     for _ in range(n):
-        if draw.coin(stage.general):
+        if draw.coin(stage.lookup):
+            yield lookup_row(tokenizer, draw, length)
+        elif draw.coin(stage.general):
             yield text_row(tokenizer, next(texts), length)
         else:
-            shape = draw.choice((2, 3)) if stage.rounds and draw.coin() else int(not draw.coin(stage.distractors))
+            shape = (
+                draw.choice((2, 3)) if stage.rounds and draw.coin() else int(not draw.coin(stage.distractors))
+            )
             yield story_row(tokenizer, next(shapes[shape]), draw, stage, length)
 
 
@@ -158,8 +225,9 @@ def collate(batch: list[Row], pad: int, width: int) -> Batch:
     def padded(name: str, fill: float) -> Tensor:
         return torch.tensor([[*getattr(row, name), *[fill] * (width - len(row.tokens))] for row in batch])
 
-    tokens, positions, block, reach = (padded(name, fill) for name, fill in
-                                       (("tokens", pad), ("positions", 0), ("block", -1), ("reach", 0)))
+    tokens, positions, block, reach = (
+        padded(name, fill) for name, fill in (("tokens", pad), ("positions", 0), ("block", -1), ("reach", 0))
+    )
     weight, previous = padded("weight", 0.0), padded("previous", 0)
     index = torch.arange(width)
     causal = index[:, None] >= index[None, :]

@@ -1,4 +1,6 @@
-"""A quick look at accuracies during training, on the dev split only: plain Hugging Face, one prompt a question."""
+"""A quick look at accuracies during training, on the dev split only: plain Hugging Face, one prompt a
+question.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,23 @@ from tl_tomsparse.stories import Story, generate_stories
 
 
 @torch.no_grad()
-def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: list[Story]) -> list[list[bool]]:
+def answers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: list[Story]
+) -> list[list[bool]]:
     """For each story and question, whether the answer is the likeliest option."""
-    prompts = [(s, q, [tokenizer.bos_token_id, *tokenizer(s.prompt(q), add_special_tokens=False)["input_ids"]])
-               for s in stories for q in s.questions]
+    prompts = [
+        (s, q, [tokenizer.bos_token_id, *tokenizer(s.prompt(q), add_special_tokens=False)["input_ids"]])
+        for s in stories
+        for q in s.questions
+    ]
     right: dict[int, bool] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][2]))
     for start in range(0, len(order), 64):
         chunk = order[start : start + 64]
         width = max(len(prompts[i][2]) for i in chunk)
-        tokens = torch.tensor([prompts[i][2] + [tokenizer.pad_token_id] * (width - len(prompts[i][2])) for i in chunk])
+        tokens = torch.tensor(
+            [prompts[i][2] + [tokenizer.pad_token_id] * (width - len(prompts[i][2])) for i in chunk]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(tokens, use_cache=False).last_hidden_state
         ends = torch.tensor([len(prompts[i][2]) - 1 for i in chunk])
@@ -33,7 +42,9 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories
     return [[right[next(flat)] for _ in s.questions] for s in stories]
 
 
-def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 120, seed: int = 7) -> dict[str, float]:
+def probe(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 120, seed: int = 7
+) -> dict[str, float]:
     """Accuracy by category, and paired: all first-order beliefs of a false-belief story right together."""
     out: dict[str, float] = {}
     for wording in ("seen", "new"):

@@ -1,7 +1,7 @@
 """The embedded model's tokenizer: byte-level BPE in which every word of the stories is one token.
 
-Trained on a list of words rather than on text, so that a rare name is a whole token as surely as a frequent one, and any other text
-still has a spelling in bytes.
+Trained on a list of words rather than on text, so that a rare name is a whole token as surely as a frequent
+one, and any other text still has a spelling in bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ SPECIAL = ["<bos>", "<eos>", "<pad>"]
 def vocabulary() -> list[str]:
     """Every word that generated stories and texts can contain, and every lexicon entry."""
     words: set[str] = set()
-    for pool in (lexicon.NAMES, lexicon.THINGS, lexicon.PLACES, lexicon.ROOMS, lexicon.CONTENTS, lexicon.PACKAGES):
+    for pool in (
+        lexicon.NAMES,
+        lexicon.THINGS,
+        lexicon.PLACES,
+        lexicon.ROOMS,
+        lexicon.CONTENTS,
+        lexicon.PACKAGES,
+    ):
         words |= set(pool)
     words |= set(lexicon.COLOURS) | set(lexicon.MATERIALS)
     texts = generate_texts(4000, seed=1)
@@ -43,7 +50,10 @@ def build(size: int, folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([f"{word} {word.lower()}" for word in words], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -51,7 +61,9 @@ def build(size: int, folder: Path) -> PreTrainedTokenizerFast:
     )
     split = [word for word in words if len(tokenizer.encode(word, add_special_tokens=False).ids) != 1]
     if split:
-        raise ValueError(f"{len(split)} words are not one token, {split[:5]} among them; raise the vocabulary size {size}")
+        raise ValueError(
+            f"{len(split)} words are not one token, {split[:5]} among them; raise the vocabulary size {size}"
+        )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",

@@ -1,7 +1,8 @@
 """Train the embedded model: `python training/train.py --minutes 100 --out training/runs/main`.
 
-Seeded, resumable (run the same command again), logs to `log.jsonl`, checkpoints weights and optimiser every few minutes. The learning rate warms up,
-stays, and decays over the last fifth of the budget; the curriculum follows the share of the budget that is used up.
+Seeded, resumable (run the same command again), logs to `log.jsonl`, checkpoints weights and optimiser every
+few minutes. The learning rate warms up, stays, and decays over the last fifth of the budget; the curriculum
+follows the share of the budget that is used up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from tokenizer import build
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WIDTH, CHUNK = 224, 960
+WIDTH, CHUNK = 176, 960
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -63,7 +63,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, share: float, chunk: int, size: 
 def loss_of(backbone: Callable[..., Any], head: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Weighted mean cross-entropy of the predictions that count."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = backbone(batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+        hidden = backbone(
+            batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        )
         logits = head(hidden.last_hidden_state.flatten(0, 1)[batch.source])
     nll = cross_entropy(logits.float(), batch.target, reduction="none")
     return (nll * batch.weight).sum() / batch.weight.sum()
@@ -87,9 +89,14 @@ def rate(share: float, step: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=100.0, help="budget of training time; resumed runs count what they used")
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=50.0,
+        help="budget of training time; resumed runs count what they used",
+    )
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -114,8 +121,10 @@ def main() -> None:
 
     def save() -> None:
         partial = checkpoint.with_suffix(".tmp")
-        torch.save({"model": model.state_dict(), "optims": [o.state_dict() for o in optims], "state": state}, partial)
-        os.replace(partial, checkpoint)
+        torch.save(
+            {"model": model.state_dict(), "optims": [o.state_dict() for o in optims], "state": state}, partial
+        )
+        partial.replace(checkpoint)
 
     with (args.out / "log.jsonl").open("a") as log:
         while state["seconds"] < budget:
@@ -130,7 +139,10 @@ def main() -> None:
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 if not math.isfinite(float(norm)):
-                    sys.exit(f"the gradient is not finite at step {state['step']}; start again from {checkpoint} with a lower --lr")
+                    sys.exit(
+                        f"the gradient is not finite at step {state['step']}; "
+                        f"start again from {checkpoint} with a lower --lr"
+                    )
                 for optim in optims:
                     optim.step()
                     optim.zero_grad(set_to_none=True)
@@ -150,7 +162,9 @@ def main() -> None:
             if time.time() - last_saved > 120 or state["seconds"] >= budget:
                 save()
                 last_saved = time.time()
-    (args.out / "args.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()} | {"stages": [asdict(s) for s in CURRICULUM]}))
+    (args.out / "args.json").write_text(
+        json.dumps({k: str(v) for k, v in vars(args).items()} | {"stages": [asdict(s) for s in CURRICULUM]})
+    )
 
 
 if __name__ == "__main__":

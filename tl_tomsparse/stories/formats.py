@@ -29,7 +29,8 @@ def from_record(record: Mapping[str, Any]) -> Story:
     try:
         fields = {**record, "agents": tuple(record["agents"])}
         fields["questions"] = tuple(
-            Question(**{**q, "agents": tuple(q["agents"]), "options": tuple(q["options"])}) for q in record["questions"]
+            Question(**{**q, "agents": tuple(q["agents"]), "options": tuple(q["options"])})
+            for q in record["questions"]
         )
         story = Story(**fields)
     except (KeyError, TypeError) as error:
@@ -40,7 +41,8 @@ def from_record(record: Mapping[str, Any]) -> Story:
     for question in story.questions:
         if question.answer not in question.options:
             raise TomsparseError(
-                f"story {story.id!r}: the answer {question.answer!r} is not among the options {question.options}; add it."
+                f"story {story.id!r}: the answer {question.answer!r} is not among the options "
+                f"{question.options}; add it."
             )
     return story
 
@@ -67,7 +69,9 @@ def read_jsonl(path: str | Path) -> list[Story]:
             try:
                 stories.append(from_record(json.loads(line)))
             except json.JSONDecodeError as error:
-                raise TomsparseError(f"{path}, line {number}: not JSON ({error}); write one story a line.") from error
+                raise TomsparseError(
+                    f"{path}, line {number}: not JSON ({error}); write one story a line."
+                ) from error
             except TomsparseError as error:
                 raise TomsparseError(f"{path}, line {number}: {error}") from error
     return stories

@@ -1,7 +1,8 @@
-"""General text without anybody's beliefs: descriptions, counting, key-value lookups, repeated sequences, simple facts.
+"""General text without anybody's beliefs: descriptions, counting, key-value lookups, repeated sequences,
+simple facts.
 
-It serves the general mask (what the weights matter for in any text) and perplexity. Generated, so that it works without a network;
-real text files can be used in its place.
+It serves the general mask (what the weights matter for in any text) and perplexity. Generated, so that it
+works without a network; real text files can be used in its place.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from .wording import listed
 
 KINDS = ("description", "counting", "lookup", "repetition", "fact")
 _NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
 ).split()
+_KINDS_OF_ROOM = ("big", "small", "quiet", "clean", "warm", "cold", "old", "new")
+_SURFACES = ("table", "floor", "chair")
 _FACTS = (
     "A bird has two wings.",
     "A cat has four legs.",
@@ -52,7 +55,8 @@ def generate_texts(
     Args:
         n: how many texts; kinds take turns.
         seed: of all draws.
-        split: "train", "dev" or "test"; texts of different splits have no main combination of words in common.
+        split: "train", "dev" or "test"; texts of different splits have no main combination of words in
+            common.
         kinds: which kinds of text.
         sentences: rough length of each text.
 
@@ -99,12 +103,12 @@ def _description(draw: Draw, split: str, sentences: int) -> str:
             draw.choice(
                 (
                     f"The {thing} is {colour}.",
-                    f"The {room} is {draw.choice(('big', 'small', 'quiet', 'clean', 'warm', 'cold', 'old', 'new'))}.",
+                    f"The {room} is {draw.choice(_KINDS_OF_ROOM)}.",
                     f"There is a {colour} {thing} next to the {place}.",
                     f"The {place} is made of {material}.",
                     f"The {other} stands next to the {place}.",
                     f"The {place} is {colour} and the {other} is {draw.choice(COLOURS)}.",
-                    f"One can see a {thing} and a {draw.choice(THINGS)} on the {draw.choice(('table', 'floor', 'chair'))}.",
+                    f"One can see a {thing} and a {draw.choice(THINGS)} on the {draw.choice(_SURFACES)}.",
                     f"{draw.choice(NAMES)} likes the {room}.",
                     f"{listed(draw.sample(NAMES, 2))} often come to the {room}.",
                 )
@@ -118,9 +122,13 @@ def _counting(draw: Draw, split: str, sentences: int) -> str:
     step = 1 + draw.below(2)
     start = draw.below(len(_NUMBERS) - 6 * step)
     row = _NUMBERS[start::step]
-    plural = {"s": f"{thing}es", "h": f"{thing}es", "x": f"{thing}es", "y": f"{thing[:-1]}ies", "e": f"{thing}s"}.get(
-        thing[-1], f"{thing}s"
-    )
+    plural = {
+        "s": f"{thing}es",
+        "h": f"{thing}es",
+        "x": f"{thing}es",
+        "y": f"{thing[:-1]}ies",
+        "e": f"{thing}s",
+    }.get(thing[-1], f"{thing}s")
     parts = [f"{name} counts the {plural}: {', '.join(row)}."]
     have = 1 + draw.below(4)
     parts.append(f"{name} has {_NUMBERS[have]} {plural}.")
@@ -169,6 +177,8 @@ def _facts(draw: Draw, split: str, sentences: int) -> str:
     name, colour = _pair(draw, split, NAMES, COLOURS)
     day = draw.below(7)
     parts = draw.sample(_FACTS, min(len(_FACTS), max(1, sentences - 4)))
-    parts.append(f"Today is {_WEEK[day]}. Tomorrow is {_WEEK[(day + 1) % 7]}. Yesterday was {_WEEK[(day - 1) % 7]}.")
+    parts.append(
+        f"Today is {_WEEK[day]}. Tomorrow is {_WEEK[(day + 1) % 7]}. Yesterday was {_WEEK[(day - 1) % 7]}."
+    )
     parts.append(f"{name} has a {colour} coat. The coat of {name} is {colour}.")
     return " ".join(draw.shuffled(parts))

@@ -1,7 +1,8 @@
 """Seeded stories with computed answers and matched controls.
 
-Half of the stories are false-belief ones, the controls share the other half: over the protagonists' belief questions the answer is
-reality as often as not. Stories come in twins (2k and 2k + 1) that differ only in that the two objects change roles.
+Half of the stories are false-belief ones, the controls share the other half: over the protagonists' belief
+questions the answer is reality as often as not. Stories come in twins (2k and 2k + 1) that differ only in
+that the two objects change roles.
 """
 
 from __future__ import annotations
@@ -35,23 +36,25 @@ def generate_stories(
 ) -> list[Story]:
     """Generate stories about who believes what, with every answer computed by dynamic epistemic logic.
 
-    Each story asks about reality, memory, the belief of every agent, and some beliefs about beliefs. The same arguments give the
-    same stories on every platform, and a longer list begins with the shorter one.
+    Each story asks about reality, memory, the belief of every agent, and some beliefs about beliefs. The same
+    arguments give the same stories on every platform, and a longer list begins with the shorter one.
 
     Args:
         n: how many stories.
         seed: of all draws.
-        split: "train", "dev" or "test". No pair of main names and no combination of thing and places (package and contents)
-            occurs in two splits.
+        split: "train", "dev" or "test". No pair of main names and no combination of thing and places (package
+            and contents) occurs in two splits.
         scenarios: "transfer", "contents" or both.
-        conditions: restrict to some conditions, each equally often; by default false belief is half of the stories.
+        conditions: restrict to some conditions, each equally often; by default false belief is half of the
+            stories.
         wording: "seen" are the templates that the embedded model was trained on, "new" are kept from it.
         agents: smallest and largest number of agents, 2 to 5.
         places: number of places in transfer stories, 2 or 3; this is also the number of options.
         rounds: how often things may be moved in transfer stories.
         forms: "completion", "question" or both (drawn for each question).
         second_order: number of second-order questions in each story, at most.
-        distractors: add sentences without a bearing on the answers. Without them, where a word stands gives answers away.
+        distractors: add sentences without a bearing on the answers. Without them, where a word stands gives
+            answers away.
 
     Returns:
         The stories, in a fixed order.
@@ -104,7 +107,7 @@ def generate_scenes(
     rounds: int = 1,
     distractors: bool = True,
 ) -> Iterator[Scene]:
-    """The scenes that [`generate_stories`][] makes stories of: sentences with the epistemic state after each."""
+    """The scenes that [`generate_stories`][] makes stories of: sentences, and the state after each."""
     check_split(split)
     check_choice("wording", wording, WORDINGS)
     for scenario in scenarios:
@@ -112,7 +115,9 @@ def generate_scenes(
     check_positive("rounds", rounds)
     fewest, most = agents
     if not 2 <= fewest <= most <= MAX_AGENTS:
-        raise TomsparseError(f"agents={agents!r} must be two numbers, smallest and largest, from 2 to {MAX_AGENTS}.")
+        raise TomsparseError(
+            f"agents={agents!r} must be two numbers, smallest and largest, from 2 to {MAX_AGENTS}."
+        )
     if not 2 <= places <= MAX_PLACES:
         raise TomsparseError(f"places={places!r} must be from 2 to {MAX_PLACES}.")
     slots = _schedule(scenarios, conditions)
@@ -161,7 +166,10 @@ def _schedule(scenarios: Sequence[str], conditions: Sequence[str] | None) -> lis
             for condition in (CONDITIONS[scenario][0 if belief else 1 + control],)
         ]
     if not slots:
-        raise TomsparseError(f"scenarios={scenarios!r}, conditions={conditions!r} leave no story to tell; name at least one of each.")
+        raise TomsparseError(
+            f"scenarios={scenarios!r}, conditions={conditions!r} leave no story to tell; "
+            "name at least one of each."
+        )
     return slots
 
 

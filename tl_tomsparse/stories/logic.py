@@ -1,14 +1,16 @@
 """Dynamic epistemic logic: what every agent believes after every event, to any order.
 
-    state   (W, {R_a}, V, w0)          worlds, belief relation of each agent, valuation, actual world
-    event   (E, {Q_a}, pre, post, e0)
-    update  W' = {(w, e) : w |= pre(e)},   (w, e) R'_a (v, f)  iff  w R_a v and e Q_a f,   V' = V(w) overwritten by post(e)
+    state   (W, {R_a}, V, w0)          worlds, belief relation of each agent, valuation, actual world event
+    (E, {Q_a}, pre, post, e0) update  W' = {(w, e) : w |= pre(e)},   (w, e) R'_a (v, f)  iff  w R_a v and e
+    Q_a f,   V' = V(w) overwritten by post(e)
 
-(Baltag, Moss and Solecki 1998; van Ditmarsch, van der Hoek and Kooi, *Dynamic Epistemic Logic*, 2007.) After each update the part
-that the actual world reaches is kept and contracted by bisimulation, which changes no belief of any order.
+(Baltag, Moss and Solecki 1998; van Ditmarsch, van der Hoek and Kooi, *Dynamic Epistemic Logic*, 2007.) After
+each update the part that the actual world reaches is kept and contracted by bisimulation, which changes no
+belief of any order.
 
-Learning is the *assignment* of what is actually so, for those who learn: a plain test would leave an agent whose belief is
-false with no world at all. Nothing here says how plausible one world is against another: an agent either considers it or does not.
+Learning is the *assignment* of what is actually so, for those who learn: a plain test would leave an agent
+whose belief is false with no world at all. Nothing here says how plausible one world is against another: an
+agent either considers it or does not.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Valuation = Mapping[str, str]
-Relation = tuple[frozenset[int], ...]  # for each world (or event), those that the agent considers possible there
+Relation = tuple[
+    frozenset[int], ...
+]  # for each world (or event), those that the agent considers possible there
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ class State:
 
     @classmethod
     def common_belief(cls, agents: Iterable[str], facts: Valuation) -> State:
-        """The state in which `facts` hold and this is commonly believed: one world, which everybody considers."""
+        """The state in which `facts` hold and this is commonly believed: one world, which everybody
+        considers.
+        """
         return cls((dict(facts),), {agent: (frozenset({0}),) for agent in agents})
 
     def __len__(self) -> int:
@@ -95,7 +101,9 @@ class State:
                 return all(self.holds(inner, other) for other in self.considers[agent][world])
 
     def possible_values(self, agents: Sequence[str], variable: str) -> frozenset[str]:
-        """The values of `variable` that are possible for the chain of agents, outermost first; no agent gives the actual value."""
+        """The values of `variable` that are possible for the chain of agents, outermost first; no agent gives
+        the actual value.
+        """
         worlds = {self.actual}
         for agent in agents:
             worlds = {other for world in worlds for other in self.considers[agent][world]}
@@ -110,7 +118,7 @@ class State:
         return next(iter(values)) if len(values) == 1 else None
 
     def is_kd45(self) -> bool:
-        """Whether every relation is serial, transitive and Euclidean: beliefs consistent and introspective."""
+        """Whether relations are serial, transitive and Euclidean: beliefs consistent and introspective."""
         for relation in self.considers.values():
             for seen in relation:
                 if not seen or any(relation[other] != seen for other in seen):
@@ -130,7 +138,8 @@ class State:
         block = dict(zip(worlds, _numbered(tuple(sorted(self.valuations[w].items())) for w in worlds)))
         while True:  # partition refinement: split worlds until all of a block see the same blocks
             signatures = [
-                (block[w], *(frozenset(block[v] for v in self.considers[a][w]) for a in self.considers)) for w in worlds
+                (block[w], *(frozenset(block[v] for v in self.considers[a][w]) for a in self.considers))
+                for w in worlds
             ]
             refined = dict(zip(worlds, _numbered(signatures)))
             if len(set(refined.values())) == len(set(block.values())):
@@ -167,7 +176,8 @@ class Event:
 
     Attributes:
         outcomes: what may happen, or be thought to happen.
-        considers: for each agent and outcome, the outcomes that the agent considers possible when it takes place.
+        considers: for each agent and outcome, the outcomes that the agent considers possible when it takes
+            place.
         actual: chooses the outcome that takes place.
     """
 
@@ -180,11 +190,14 @@ def update(state: State, event: Event) -> State:
     """The state after the event, contracted.
 
     Raises:
-        ValueError: if the outcome that takes place is impossible in the actual world, or an agent's view of the event is missing.
+        ValueError: if the outcome that takes place is impossible in the actual world, or an agent's view of
+            the event is missing.
     """
     missing = set(state.considers) - set(event.considers)
     if missing:
-        raise ValueError(f"the event does not say what {', '.join(sorted(missing))} considers; name every agent in it")
+        raise ValueError(
+            f"the event does not say what {', '.join(sorted(missing))} considers; name every agent in it"
+        )
     start = (state.actual, event.actual(state))
     pairs = [
         (world, index)
@@ -214,13 +227,19 @@ def update(state: State, event: Event) -> State:
 def change(
     agents: Iterable[str], variable: str, value: str, observers: Iterable[str], secret: Iterable[str] = ()
 ) -> Event:
-    """`variable` becomes `value`, seen by `observers`, who know this of each other; all others believe that nothing happened.
+    """`variable` becomes `value`, seen by `observers`, who know this of each other; all others believe that
+    nothing happened.
 
     Each `secret` observer sees it too, and sees who else does, but nobody knows of a secret observer.
     """
     open_, hidden = set(observers), sorted(set(secret) - set(observers))
     # Outcomes: as the observers see it, as each secret observer sees it, as it is, and nothing.
-    seen, apart, full, skip = 0, {agent: 1 + i for i, agent in enumerate(hidden)}, 1 + len(hidden), 2 + len(hidden)
+    seen, apart, full, skip = (
+        0,
+        {agent: 1 + i for i, agent in enumerate(hidden)},
+        1 + len(hidden),
+        2 + len(hidden),
+    )
 
     def view(agent: str, outcome: int) -> frozenset[int]:
         if outcome == skip:
@@ -232,18 +251,26 @@ def change(
         return frozenset({skip})
 
     outcomes = (*(Outcome(post={variable: value}) for _ in range(skip)), Outcome())
-    return Event(outcomes, {a: tuple(view(a, o) for o in range(skip + 1)) for a in agents}, lambda _state: full)
+    return Event(
+        outcomes, {a: tuple(view(a, o) for o in range(skip + 1)) for a in agents}, lambda _state: full
+    )
 
 
 def learn(
-    agents: Iterable[str], variable: str, values: Sequence[str], learners: Iterable[str], aware: Iterable[str] = ()
+    agents: Iterable[str],
+    variable: str,
+    values: Sequence[str],
+    learners: Iterable[str],
+    aware: Iterable[str] = (),
 ) -> Event:
-    """`learners` come to know the value of `variable`, and know this of each other: they look, or one truthfully tells the others.
+    """`learners` come to know the value of `variable`, and know this of each other: they look, or one
+    truthfully tells the others.
 
-    `aware` agents notice that the learners learn it, but not what; all others believe that nothing happened. `values` are all
-    values that the variable may have.
+    `aware` agents notice that the learners learn it, but not what; all others believe that nothing happened.
+    `values` are all values that the variable may have.
 
-    Outcomes: for each value u, "it is u and is learnt" (test), and how that is for a learner (assignment of u); and nothing.
+    Outcomes: for each value u, "it is u and is learnt" (test), and how that is for a learner (assignment of
+    u); and nothing.
     """
     who, noticing = set(learners), set(aware)
     n = len(values)

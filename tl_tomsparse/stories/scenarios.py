@@ -1,13 +1,15 @@
 """Story types as sequences of events: each sentence is written beside the epistemic event that it tells.
 
-* *Unexpected transfer*: a thing is put somewhere and moved, seen by those who are there. Conditions (of the protagonist):
-  `false_belief` (away while it is moved), `no_transfer` (away, but it stays), `present` (sees it moved), `informed` (away, then told).
-* *Unexpected contents*: a package holds something else than its label says. Conditions: `false_belief` (only reads the label),
-  `correct_label` (the label is right), `informed` (told), `open_container` (looks inside).
+* *Unexpected transfer*: a thing is put somewhere and moved, seen by those who are there. Conditions (of the
+protagonist):
+  `false_belief` (away while it is moved), `no_transfer` (away, but it stays), `present` (sees it moved),
+  `informed` (away, then told).
+* *Unexpected contents*: a package holds something else than its label says. Conditions: `false_belief` (only
+  reads the label), `correct_label` (the label is right), `informed` (told), `open_container` (looks inside).
 
-Every other agent of a story has a fate of its own, so that one story holds true and false beliefs side by side and a reader
-cannot answer from the story's type alone. Sentences without a bearing on the answers are added so that which place is mentioned first,
-last and most often is a fair draw, whatever the answers are.
+Every other agent of a story has a fate of its own, so that one story holds true and false beliefs side by
+side and a reader cannot answer from the story's type alone. Sentences without a bearing on the answers are
+added so that which place is mentioned first, last and most often is a fair draw, whatever the answers are.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Scene:
         values: the possible places or contents: the options of every question.
         first: the answer to the memory question.
         slots: words that questions need (the thing, or the package).
-        sentences, states: of equal length; `states[i]` holds after `sentences[i]`, None while there is nothing to ask about.
+        sentences, states: of equal length; `states[i]` holds after `sentences[i]`, None while there is
+            nothing to ask about.
         inside: who is there now; `present[i]` who was after `sentences[i]`.
     """
 
@@ -75,7 +78,8 @@ class Scene:
         return "place" if self.scenario == "transfer" else "contents"
 
     def pad(self, kind: str, slot: str) -> None:
-        """Add sentences without a bearing on the answers, so that first, last and most-mentioned values are fair draws.
+        """Add sentences without a bearing on the answers, so that first, last and most-mentioned values are
+        fair draws.
 
         The first mention is fair already: the sentence that introduces the values draws their order.
         """
@@ -86,7 +90,9 @@ class Scene:
         need = max(1, max(counts[v] for v in self.values if v != favourite) + 1 - counts[favourite])
         settled = next(i for i, state in enumerate(self.states) if state is not None)
         for _ in range(need):
-            self._insert(self.draw.below(len(self.sentences) - settled) + settled + 1, kind, **{slot: favourite})
+            self._insert(
+                self.draw.below(len(self.sentences) - settled) + settled + 1, kind, **{slot: favourite}
+            )
         if self.draw.coin():
             self._insert(self.draw.below(len(self.sentences) - settled) + settled + 1, "neutral")
         self._insert(len(self.sentences), kind, **{slot: last})
@@ -104,7 +110,9 @@ class Scene:
         self.states.insert(position, self.states[position - 1])
         self.present.insert(position, self.present[position - 1])
 
-    def question(self, kind: Kind, agents: tuple[str, ...] = (), *, form: Form = "completion", at: int = -1) -> Question:
+    def question(
+        self, kind: Kind, agents: tuple[str, ...] = (), *, form: Form = "completion", at: int = -1
+    ) -> Question:
         """A question about the state after sentence `at`, answered by the logic.
 
         Raises:
@@ -113,7 +121,9 @@ class Scene:
         state = self.states[at]
         assert state is not None
         ask = kind if len(agents) < 2 else f"belief{len(agents)}"
-        name = f"{'ask' if form == 'completion' else 'question'}_{ask}{'' if self.scenario == 'transfer' else '_contents'}"
+        name = f"{'ask' if form == 'completion' else 'question'}_{ask}"
+        if self.scenario == "contents":
+            name += "_contents"
         people = dict(zip("PQ", agents))
         text = sentence(self.draw, self.wording, name, **self.slots, **people)
         answer = self.first if kind == "memory" else state.belief(agents, self.variable)
@@ -124,7 +134,15 @@ class Scene:
 
 
 def draw_transfer(
-    draw: Draw, condition: str, *, split: str, wording: Wording, n_agents: int, n_places: int, rounds: int, swap: bool,
+    draw: Draw,
+    condition: str,
+    *,
+    split: str,
+    wording: Wording,
+    n_agents: int,
+    n_places: int,
+    rounds: int,
+    swap: bool,
     distractors: bool,
 ) -> Scene:
     """An unexpected transfer; earlier rounds (if any) go as they like, the last one follows the condition."""
@@ -151,7 +169,10 @@ def draw_transfer(
         A=places[0],
     )
     for left in reversed(range(rounds)):
-        fates = {agent: draw.choice(("present", "present", "absent", "absent", "informed", "peeking")) for agent in agents}
+        fates = {
+            agent: draw.choice(("present", "present", "absent", "absent", "informed", "peeking"))
+            for agent in agents
+        }
         moved = True
         if left == 0:
             fates[protagonist] = {"false_belief": "absent", "no_transfer": "absent"}.get(condition, condition)

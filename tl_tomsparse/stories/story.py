@@ -1,7 +1,7 @@
 """What a story is: a text, and questions about it whose answers were computed by the epistemic logic.
 
-Plain data without torch. A question is asked by appending its `text` to the story's `text`; the answer and the other options
-are single nouns without the leading space.
+Plain data without torch. A question is asked by appending its `text` to the story's `text`; the answer and
+the other options are single nouns without the leading space.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class Question:
 
     Attributes:
         kind: "reality" (where is it now), "memory" (where was it at first) or "belief".
-        agents: whose belief, outermost first: ("Anna",) for "Anna thinks ...", ("Anna", "Ben") for "Anna thinks that Ben
-            thinks ...". Empty for reality and memory.
+        agents: whose belief, outermost first: ("Anna",) for "Anna thinks ...", ("Anna", "Ben") for "Anna
+            thinks that Ben thinks ...". Empty for reality and memory.
         text: the words that follow the story, up to but not including the answer.
-        form: "completion" (the answer completes a sentence) or "question" (a question, then an answer prompt).
+        form: "completion" (the answer completes a sentence) or "question" (a question, then an answer
+            prompt).
         answer: the right option.
         options: the answer and the alternatives, in an order that says nothing about which is right.
         true_belief: for a belief, whether what is believed is what is so; None for reality and memory.
@@ -61,7 +62,8 @@ class Story:
 
     Attributes:
         id: unique within a set of one seed, split and scenario list; stable across platforms.
-        scenario: "transfer" (a thing is moved) or "contents" (a container holds something else than its label says).
+        scenario: "transfer" (a thing is moved) or "contents" (a container holds something else than its label
+            says).
         condition: what befalls the protagonist, for example "false_belief", "present", "informed".
         protagonist: whose condition it is; the other agents' beliefs may be true or false in any condition.
         split: "train", "dev" or "test": by combination of names, things and places.

@@ -1,7 +1,7 @@
 """Sentence templates: for every kind of sentence a pool that training sees and a pool that it never does.
 
-`[a|b]` is a free choice of words, `{x}` a slot. The held-out pool ("new") says the same in other constructions, so that a test on it
-asks for the meaning and not for the template.
+`[a|b]` is a free choice of words, `{x}` a slot. The held-out pool ("new") says the same in other
+constructions, so that a test on it asks for the meaning and not for the template.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from .lexicon import Draw
 Wording = Literal["seen", "new"]
 WORDINGS: tuple[Wording, ...] = ("seen", "new")
 
-# slots: P an agent, M the one who acts, Q a hearer, L a list of agents, R room, O thing, A/B places, X/Y contents, K package
+# slots: P an agent, M the one who acts, Q a hearer, L a list of agents, R room, O thing, A/B places, X/Y
+# contents, K package
 _SEEN: dict[str, tuple[str, ...]] = {
-    # --- unexpected transfer -------------------------------------------------------------------------------------------
+    # --- unexpected transfer
+    # -------------------------------------------------------------------------------------------
     "intro": (
         "{L} are in the {R}.",
         "{L} are [sitting|standing|playing|working|waiting|talking] in the {R}.",
@@ -118,7 +120,8 @@ _SEEN: dict[str, tuple[str, ...]] = {
         "[Without a sound|Unseen], {P} looks into the {B} and sees the {O}.",
         "Nobody notices, but {P} sees that the {O} is in the {B}.",
     ),
-    # --- unexpected contents -------------------------------------------------------------------------------------------
+    # --- unexpected contents
+    # -------------------------------------------------------------------------------------------
     "stock": (
         "{M} has some {X} and some {Y}.",
         "{M} [buys|brings|finds|gets] some {X} and some {Y}.",
@@ -181,7 +184,8 @@ _SEEN: dict[str, tuple[str, ...]] = {
         "{Q} hears from {M} that the {K} is full of {X}.",
         "{M} sends {Q} a message: the {K} is full of {X}.",
     ),
-    # --- sentences without a bearing on the answer ---------------------------------------------------------------------
+    # --- sentences without a bearing on the answer
+    # ---------------------------------------------------------------------
     "neutral": (
         "It is [raining|snowing|sunny|cold|warm|dark|late|early] outside.",
         "{P} is wearing a {U} [hat|shirt|coat|scarf].",
@@ -208,7 +212,8 @@ _SEEN: dict[str, tuple[str, ...]] = {
         "{P} [talks|thinks|reads] about {X} [a lot|sometimes].",
         "There is a picture of {X} on the wall.",
     ),
-    # --- questions; the answer follows directly ------------------------------------------------------------------------
+    # --- questions; the answer follows directly
+    # ------------------------------------------------------------------------
     "ask_reality": (
         "The {O} is in the",
         "[Really|In fact|In truth|Right now|At this moment|In the end], the {O} is in the",
@@ -294,8 +299,15 @@ _SEEN: dict[str, tuple[str, ...]] = {
 }
 
 _NEW: dict[str, tuple[str, ...]] = {
-    "intro": ("The {R} is where {L} are [today|now].", "This is about {L} in the {R}.", "{L} have come to the {R}."),
-    "places": ("They have a {A} there and a {B}.", "[One can see|Here are] a {A} and a {B} [in|inside] the {R}."),
+    "intro": (
+        "The {R} is where {L} are [today|now].",
+        "This is about {L} in the {R}.",
+        "{L} have come to the {R}.",
+    ),
+    "places": (
+        "They have a {A} there and a {B}.",
+        "[One can see|Here are] a {A} and a {B} [in|inside] the {R}.",
+    ),
     "places3": ("They have a {A}, a {B} and a {C} there.", "Here are a {A}, a {B} and a {C}."),
     "put": (
         "In the {A}, {M} [puts|hides] the {O}.",
@@ -316,25 +328,40 @@ _NEW: dict[str, tuple[str, ...]] = {
     "no_move": ("At the {B}, {M} waits for a while.", "{M} walks to the {B} and back again."),
     "return": ("Back in the {R} is {P}.", "{P} walks into the {R} again."),
     "tell": ("{Q} is told by {M} that the {O} is in the {B}.", "{M} says to {Q}: the {O} is in the {B}."),
-    "peek": ("Through the window, {P} sees {M} put the {O} in the {B}.", "{P} is unseen but sees {M} put the {O} in the {B}."),
-    "peek_still": ("Through the window, {P} sees the {O} in the {B}.", "{P} is unseen but sees the {O} in the {B}."),
+    "peek": (
+        "Through the window, {P} sees {M} put the {O} in the {B}.",
+        "{P} is unseen but sees {M} put the {O} in the {B}.",
+    ),
+    "peek_still": (
+        "Through the window, {P} sees the {O} in the {B}.",
+        "{P} is unseen but sees the {O} in the {B}.",
+    ),
     "stock": ("Some {X} and some {Y} are what {M} has.", "{M} comes into the {R} and brings {X} and {Y}."),
     "fill": ("Into a {K} goes the {X}, put there by {M}.", "A {K} is filled with {X} by {M}."),
     "fill_after": ("Into the {K} goes the {X}, put there by {M}.", "The {K} is filled with {X} by {M}."),
-    "label_first": ("There is a {K}. What its label says is {X}.", "{X} is the word on the label of a {K} in the {R}."),
+    "label_first": (
+        "There is a {K}. What its label says is {X}.",
+        "{X} is the word on the label of a {K} in the {R}.",
+    ),
     "label": ("What the label on the {K} says is {X}.", "{X} is the word on the label of the {K}."),
     "find": ("The {K} is found by {L}.", "{L} walk in and look at the {K}."),
     "find1": ("The {K} is found by {L}.", "{L} walks in and looks at the {K}."),
     "closed": ("What is inside, {P} cannot see.", "The {K} is not opened by {P}."),
     "open": ("The {K} is opened by {P}, who looks inside.", "{P} looks and sees the {X} inside the {K}."),
-    "tell_contents": ("{Q} is told by {M} that there is {X} in the {K}.", "{M} says to {Q}: the {K} is full of {X}."),
+    "tell_contents": (
+        "{Q} is told by {M} that there is {X} in the {K}.",
+        "{M} says to {Q}: the {K} is full of {X}.",
+    ),
     "neutral": ("Outside it is [cold|warm|dark].", "{P} has a {U} [coat|hat].", "It is quiet in the {R}."),
     "about_place": ("Next to the window is the {A}.", "Of {W} is the {A} made.", "What a nice {A} it is."),
     "about_contents": ("Some people like {X}.", "{X} can be found in the shop."),
     "ask_reality": ("Where the {O} is now is the", "One can find the {O} in the"),
     "ask_memory": ("First of all, the {O} was in the", "The place where the {O} was at first is the"),
     "ask_belief": ("In the mind of {P}, the {O} is in the", "To find the {O}, {P} will go to the"),
-    "ask_belief2": ("In the mind of {P}, {Q} thinks the {O} is in the", "{P} thinks that to find the {O}, {Q} will go to the"),
+    "ask_belief2": (
+        "In the mind of {P}, {Q} thinks the {O} is in the",
+        "{P} thinks that to find the {O}, {Q} will go to the",
+    ),
     "question_reality": ("Where can the {O} be found? In the",),
     "question_memory": ("Where was the {O} first put? In the",),
     "question_belief": ("To find the {O}, where will {P} go? To the",),
@@ -354,7 +381,7 @@ _CHOICE = re.compile(r"\[([^\]]*)\]")
 
 
 def sentence(draw: Draw, wording: Wording, kind: str, **slots: str) -> str:
-    """One sentence of a kind, its words chosen by `draw` and its slots filled; the first letter is a capital."""
+    """One sentence of a kind, its words chosen by `draw`, its slots filled, its first letter a capital."""
     template = draw.choice(POOLS[wording][kind])
     text = _CHOICE.sub(lambda match: draw.choice(match.group(1).split("|")), template).format(**slots)
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)

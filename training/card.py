@@ -1,0 +1,231 @@
+"""Measure the embedded model on held-out stories and write its model card: `python training/card.py`.
+
+Every number of the card comes from this script; nothing is typed in. Three seeds of question sets on the
+split "test" (names, things and places in combinations that training never saw), seen and new wordings, and
+what simple shortcuts would score on the same questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import tl_tomsparse as tt
+from tl_tomsparse._model import view
+from tl_tomsparse.models import EMBEDDED
+from tl_tomsparse.stories import CATEGORIES, Story
+
+SEEDS = (0, 1, 2)
+
+
+def shortcuts(stories: list[Story]) -> dict[str, dict[str, float]]:
+    """What someone would score who answers by a rule of thumb, by category."""
+    marks: dict[str, dict[str, list[bool]]] = {}
+    for story in stories:
+        real = next(q.answer for q in story.questions if q.kind == "reality")
+        options = story.questions[0].options
+        other = next(o for o in options if o != real)
+        words = [w for w in re.findall(r"\w+", story.text.lower()) if w in options]
+        guess = {
+            "first mentioned": words[0],
+            "last mentioned": words[-1],
+            "most mentioned": Counter(words).most_common(1)[0][0],
+            "always reality": real,
+            # The switch "this is a false-belief story": everybody believes what is not so, or everybody what
+            # is.
+            "story-level switch": other if story.condition == "false_belief" else real,
+        }
+        for rule, answer in guess.items():
+            by = marks.setdefault(rule, {name: [] for name in (*CATEGORIES, "paired")})
+            for q in story.questions:
+                by[q.category].append(answer == q.answer)
+            beliefs = [q for q in story.questions if q.order == 1]
+            if len({q.answer for q in beliefs}) > 1:
+                by["paired"].append(all(answer == q.answer for q in beliefs))
+    return {rule: {name: sum(m) / len(m) for name, m in by.items() if m} for rule, by in marks.items()}
+
+
+def measured(model: object, wording: str, n: int) -> tuple[pd.DataFrame, list[Story]]:
+    """Accuracies over all seeds together, and paired accuracy as one more row."""
+    stories = [s for seed in SEEDS for s in tt.generate_stories(n, seed=seed, split="test", wording=wording)]  # type: ignore[arg-type]
+    scores = tt.score_stories(model, stories)
+    paired = (
+        scores.paired()
+        .query("subset == 'false_belief_stories'")
+        .drop(columns="subset")
+        .assign(category="paired")
+    )
+    columns = ["category", "n", "accuracy", "low", "high", "chance"]
+    return pd.concat([scores.accuracy()[columns], paired[columns]], ignore_index=True), stories
+
+
+def second_order_paired(model: object, stories: list[Story]) -> float:
+    """Share of stories whose first- and second-order questions are all right, where agents differ."""
+    scores = tt.score_stories(
+        model, stories, categories=("false_belief", "true_belief", "second_order"), show_progress=False
+    )
+    telling = scores.paired_stories().query("tells_apart").story_id
+    frame = scores.frame[scores.frame.story_id.isin(telling)]
+    return float(frame.groupby("story_id").correct.all().mean())
+
+
+@torch.no_grad()
+def sink(model: object, stories: list[Story]) -> tuple[float, int, int]:
+    """The largest mean attention that a head pays to the BOS token (queries after it), and which head."""
+    samples = tt.story_samples(model, stories)
+    model_view = view(model)
+    best = (0.0, 0, 0)
+    tokens, mask = samples.tokens.to(model_view.device), samples.attention_mask.to(model_view.device)
+    for layer in range(model_view.n_layers):
+        _, cache = model.run_with_cache(
+            tokens, attention_mask=mask.long(), names_filter=f"blocks.{layer}.attn.hook_pattern"
+        )  # type: ignore[attr-defined]
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][..., 0]
+        real = mask[:, None, 1:].expand(-1, pattern.shape[1], -1)
+        means = (pattern[:, :, 1:] * real).sum((0, 2)) / real.sum((0, 2))
+        head = int(means.argmax())
+        best = max(best, (float(means[head]), layer, head))
+    return best
+
+
+def lookup(model: object, n: int) -> float:
+    """Key-value recall: "Anna has a red ball. ... The ball of Anna is" -> red, likeliest next token, held-out
+    texts.
+    """
+    model_view = view(model)
+    right = total = 0
+    for text in tt.generate_texts(n, seed=9, split="test", kinds=("lookup",)):
+        for match in re.finditer(r"The \w+ of \w+ is (\w+)", text):
+            prompt, answer = text[: match.start(1)].rstrip(), match[1]
+            tokens = torch.tensor(
+                [
+                    [
+                        model_view.bos_token_id,
+                        *model_view.tokenizer(prompt, add_special_tokens=False)["input_ids"],
+                    ]
+                ]
+            )
+            logits = model_view.logits(
+                tokens.to(model_view.device), torch.ones_like(tokens).to(model_view.device)
+            )
+            word = model_view.tokenizer.decode(logits[0, -1].argmax()).strip()
+            right, total = right + (word == answer), total + 1
+    return right / total
+
+
+def table(frame: pd.DataFrame) -> str:
+    rows = ["| questions | n | accuracy | 95 % interval | chance |", "|---|---|---|---|---|"]
+    for row in frame.itertuples():
+        name = tt.plot.LABELS[row.category]
+        rows.append(
+            f"| {name} | {row.n} | {row.accuracy:.3f} | {row.low:.3f} to {row.high:.3f} | {row.chance:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stories", type=int, default=300, help="stories for each seed and wording")
+    args = parser.parse_args()
+    model = tt.load_model()
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    log = [json.loads(line) for line in (Path(__file__).parent / "log.jsonl").read_text().splitlines()]
+    seen, stories = measured(model, "seen", args.stories)
+    new, _ = measured(model, "new", args.stories)
+    rules = shortcuts(stories)
+    attention, layer, head = sink(model, stories[:40])
+    windows = tt.text_samples(model, tt.generate_texts(200, seed=5, split="test"), n=100)
+    numbers = {
+        "seen": seen.to_dict("records"),
+        "new": new.to_dict("records"),
+        "second_order_paired": second_order_paired(model, stories),
+        "shortcuts": rules,
+        "lookup": lookup(model, 60),
+        "perplexity": tt.perplexity(model, windows, show_progress=False).value,
+        "sink": {"attention": attention, "layer": layer, "head": head},
+        "tokens": log[-1]["tokens"],
+        "steps": log[-1]["step"],
+        "minutes": log[-1]["seconds"] / 60,
+        "parameters": sum(
+            p.numel() for p in view(model).parameters() if p.is_floating_point() and p.ndim > 1
+        ),
+    }
+    (EMBEDDED / "evaluation.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    of = seen.set_index("category")
+    tracks = of.low["paired"] > of.chance["paired"] and of.low["false_belief"] > of.chance["false_belief"]
+    rule_rows = "\n".join(
+        f"| {rule} | "
+        + " | ".join(f"{by.get(name, float('nan')):.2f}" for name in (*CATEGORIES, "paired"))
+        + " |"
+        for rule, by in rules.items()
+    )
+    probes = "\n".join(
+        f"| {entry['tokens'] / 1e6:.1f} | "
+        + " | ".join(
+            f"{entry['probe'][k]:.2f}"
+            for k in ("reality", "true_belief", "false_belief", "paired", "second_order", "new_paired")
+        )
+        + " |"
+        for entry in log
+        if "probe" in entry
+    )
+    card = f"""# The embedded model
+
+A small Llama-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention) trained from scratch on generated stories about who
+believes what and on generated general text. It makes the main job, the demos and the tests real without a network. Loads offline as a plain
+Hugging Face directory or with `tl_tomsparse.load_model()`.
+
+* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["head_dim"]},
+  d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
+* trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two CPU cores; see `training/`
+* licence: MIT, as the package; no third-party text or weights
+
+## Held-out answers
+
+Split "test": no pair of main names and no combination of thing and places occurs in training. Seeds {SEEDS}, {args.stories} stories each;
+an answer is right if its log-probability is above the other option's. "All agents of a story" counts a story only if every agent's first-order belief is
+right, in stories where these differ.
+
+Wordings that training saw:
+
+{table(seen)}
+
+Wordings kept from training:
+
+{table(new)}
+
+{"It tracks what each agent believes above chance: paired and false-belief accuracy both are." if tracks else "**It does not track what each agent believes**: paired or false-belief accuracy is not above chance."}
+First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}.
+
+What rules of thumb would score on the same questions (seen wordings):
+
+| rule | {" | ".join(tt.plot.LABELS[name] for name in (*CATEGORIES, "paired"))} |
+|---|{"---|" * (len(CATEGORIES) + 1)}
+{rule_rows}
+
+Key-value recall (next token, held-out texts): {numbers["lookup"]:.3f}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}.
+Attention sink: the head that looks most at BOS is L{layer}H{head}, with mean attention {attention:.3f}.
+
+## Along training (dev split, few questions)
+
+| million tokens | reality | true belief | false belief | all agents of a story | second order | all agents, new wordings |
+|---|---|---|---|---|---|---|
+{probes}
+
+## What it can and cannot show
+
+It has seen nothing but these generated stories and texts. What is found on it is true of it, and shows that the method works or does not work where
+the answer is known; it says nothing about the size of an effect in a large language model. With about a million weights, the paper's sparsity of 1e-5 is a
+handful of weights, so counts of weights are reported beside kappa.
+"""
+    (EMBEDDED / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main()
