@@ -122,7 +122,7 @@ def test_every_question_asks_about_the_state_that_the_sentences_tell():
             learns = any(
                 re.search(rf"\b{agent}\b", s)
                 and re.search(
-                    r"\b(tells|informs|calls|writes|meets|whispers|sends|hears|(sees|watches) \w+ (put|hide))",
+                    r"\b(tells|informs|calls|writes|meets|whispers|sends|hears|(sees|watches) \w+ (put|hi))",
                     s,
                 )
                 and not re.search(
