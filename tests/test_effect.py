@@ -198,7 +198,7 @@ def test_questions_that_are_not_asked_are_not_testable():
     planted.scoring = dataclasses.replace(planted.scoring, questions=planted.questions)
     found = claims(planted.effect({}, {}, {}))
     assert found["tracks_beliefs"].status == found["selective_effect"].status == "not testable"
-    assert "no question of the category true_belief" in found["true_belief_stays"].sentence
+    assert "No question of the category true_belief" in found["true_belief_stays"].sentence
     assert found["reality_stays"].status == "supported"
 
 

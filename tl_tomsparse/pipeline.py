@@ -1,4 +1,4 @@
-"""The whole path in one folder: stories, sensitivities, sweep, mask, effect on held-out stories, verdict, page.
+"""The whole path in one folder: stories, sensitivities, sweep, mask, effect on held-out stories, page.
 
     run.json                          what was asked, of which weights, by which versions: written first
     sensitivity_{tom,general}.*       the two Fisher diagonals
@@ -7,31 +7,30 @@
     results.json, *.parquet           every number
     report.html                       the page
 
-Each file is written whole or not at all. A run that was stopped continues in the same folder; a folder of another run is refused.
-Sensitivities come from stories of the split "train", kappa from "dev", and what is reported from "test"; real text is cut into
-three parts in the same way.
+Each file is written whole or not at all. A run that was stopped continues in the same folder; a folder of
+another run is refused. Sensitivities come from stories of the split "train", kappa from "dev", and what is
+reported from "test"; real text is cut into three parts in the same way.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from tl_tomsparse._artifacts import read_json, write_bytes, write_json
+from tl_tomsparse._artifacts import write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
+from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points
 from tl_tomsparse._model import MATRICES, view
-from tl_tomsparse._points import PointRecord
+from tl_tomsparse._points import json_rows
+from tl_tomsparse._prepared import prepare_scoring, prepare_text
 from tl_tomsparse.effect import Effect, effect
 from tl_tomsparse.experiment import KappaChoice, KappaSweep, arm_masks, auto_kappas, choose_kappa, kappa_sweep
 from tl_tomsparse.mask import SparseMask
@@ -42,7 +41,6 @@ from tl_tomsparse.stories import Story, generate_stories, generate_texts
 from tl_tomsparse.verdict import Claim, verdict
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-_FORMAT = 1
 _PACKAGES = ("tl-tomsparse", "transformer-lens", "transformers", "torch", "numpy")
 
 
@@ -88,7 +86,8 @@ class RunSettings:
         """Refuse what can be refused before any work.
 
         Raises:
-            TomsparseError: a count below one, an unknown matrix or dtype, a kappa outside [0, 1], a text file that cannot be read.
+            TomsparseError: a count below one, an unknown matrix or dtype, a kappa outside [0, 1], a text
+                file that cannot be read.
         """
         for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks"):
             check_positive(name, getattr(self, name))
@@ -101,7 +100,15 @@ class RunSettings:
             for kappa in self.kappas:
                 check_kappa(kappa)
             if not any(self.kappas):
-                raise TomsparseError(f"kappas={self.kappas!r} has nothing but 0, which edits no weight; add one above 0.")
+                raise TomsparseError(
+                    f"kappas={self.kappas!r} has nothing but 0, which edits no weight; add one above 0."
+                )
+        if self.length < 2:
+            raise TomsparseError(
+                f"length={self.length!r} must be at least 2: one token is predicted from another."
+            )
+        if self.seed < 0:
+            raise TomsparseError(f"seed={self.seed!r} must be 0 or more.")
         for path in self.text:
             _read_text(Path(path))
 
@@ -134,6 +141,7 @@ def run_pipeline(
     settings: RunSettings,
     folder: str | Path,
     *,
+    command: str | None = None,
     progress: Callable[[str], None] = lambda _message: None,
     show_progress: bool = True,
 ) -> RunResult:
@@ -142,32 +150,40 @@ def run_pipeline(
     Args:
         settings: what to do.
         folder: where; new, empty, or of the same run.
+        command: what was typed, to be recorded; by default this call.
         progress: told what begins.
         show_progress: show progress bars.
 
     Raises:
-        TomsparseError: settings that cannot be met, a folder of another run, a model that cannot be loaded or used, a full disk.
+        TomsparseError: settings that cannot be met, a folder of another run, a model that cannot be loaded or
+            used, a full disk.
     """
     from tl_tomsparse.report import write_report
 
     settings.check()
     out = Path(folder)
-    _check_folder(out, settings)
+    check_folder(out, _plain(settings))
     progress("Loading the model")
     model = load_model(
         settings.model, backend=settings.backend, device=settings.device, dtype=getattr(torch, settings.dtype)
     )
-    with _folder(out):
-        facts = _claim_folder(out, settings, model)
-        material = _material(model, settings)
+    _check_model(model, settings)
+    progress("Making stories and texts")
+    material = _material(model, settings)
+    with opened_folder(out):
+        facts = claim_folder(
+            out, _facts(model, settings, material, command or f"run_pipeline({settings!r}, ...)")
+        )
         progress(f"Sensitivity of {facts['n_weights']:,} weights to {len(material.tom)} false-belief answers")
         tom = _sensitivity(model, material.tom, settings, out / "sensitivity_tom.safetensors", show_progress)
         progress(f"Sensitivity to {len(material.general)} windows of general text")
-        general = _sensitivity(model, material.general, settings, out / "sensitivity_general.safetensors", show_progress)
-        with _points(out / "points.jsonl") as (finished, store):
+        general = _sensitivity(
+            model, material.general, settings, out / "sensitivity_general.safetensors", show_progress
+        )
+        with stored_points(out / "points.jsonl") as (finished, store):
             kappas = auto_kappas(tom) if settings.kappas == "auto" else settings.kappas
             progress(f"Sweep over {len({0.0, *kappas})} sparsities on {len(material.dev)} dev stories")
-            shared = {
+            shared: dict[str, Any] = {
                 "n_random": settings.random_masks,
                 "seed": settings.seed,
                 "prepend_bos": settings.prepend_bos,
@@ -176,7 +192,13 @@ def run_pipeline(
                 "show_progress": show_progress,
             }
             sweep = kappa_sweep(
-                model, tom, general, dev_stories=material.dev, dev_text=material.dev_text, kappas=kappas, **shared
+                model,
+                tom,
+                general,
+                dev_stories=material.dev,
+                dev_text=material.dev_text,
+                kappas=kappas,
+                **shared,
             )
             choice = choose_kappa(sweep)
             masks = arm_masks(tom, general, choice.kappa)
@@ -200,27 +222,36 @@ class _Material:
     dev_text: Samples
     test: list[Story]
     test_text: Samples
+    digest: str
 
 
 def _material(model: Any, settings: RunSettings) -> _Material:
     """All samples, made (and refused) before the long work begins."""
-    length = min(settings.length, view(model).n_ctx)
     texts = _texts(settings)
-    bos = settings.prepend_bos
+    bos, seed = settings.prepend_bos, settings.seed
 
     def windows(part: str, n: int) -> Samples:
-        return text_samples(model, texts[part], n=n, length=length, prepend_bos=bos, seed=settings.seed)
+        try:
+            return text_samples(model, texts[part], n=n, length=settings.length, prepend_bos=bos, seed=seed)
+        except TomsparseError as error:
+            raise TomsparseError(f"The {part} part of the general text: {error}") from None
 
-    train = generate_stories(settings.stories, seed=settings.seed, split="train", conditions=("false_belief",))
-    half = max(1, settings.windows // 2)
-    return _Material(
-        story_samples(model, train, prepend_bos=bos),
-        windows("train", settings.windows),
-        generate_stories(settings.dev_stories, seed=settings.seed, split="dev"),
-        windows("dev", max(1, half // 2)),
-        generate_stories(settings.test_stories, seed=settings.seed, split="test"),
-        windows("test", half),
+    false_belief = generate_stories(settings.stories, seed=seed, split="train", conditions=("false_belief",))
+    tom = story_samples(model, false_belief, prepend_bos=bos)
+    dev, test = (
+        generate_stories(n, seed=seed, split=split)
+        for n, split in ((settings.dev_stories, "dev"), (settings.test_stories, "test"))
     )
+    text = [
+        windows(part, max(1, settings.windows // share))
+        for part, share in (("train", 1), ("dev", 4), ("test", 2))
+    ]
+    digest = blake2b(digest_size=16)
+    for samples in (tom, *text):
+        digest.update(prepare_text(model, samples).reads.digest.encode())
+    for stories in (dev, test):
+        digest.update(prepare_scoring(model, stories, prepend_bos=bos, pack=True).digest.encode())
+    return _Material(tom, text[0], dev, text[1], test, text[2], digest.hexdigest())
 
 
 def _texts(settings: RunSettings) -> dict[str, list[str]]:
@@ -236,12 +267,22 @@ def _texts(settings: RunSettings) -> dict[str, list[str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TomsparseError(f"The text file {path} cannot be read: {error}. Pass a file of UTF-8 text.") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise TomsparseError(
+            f"The text file {path} cannot be read: {reason}. Pass a file of UTF-8 text."
+        ) from error
+    if not text.strip() or "\0" in text:
+        raise TomsparseError(
+            f"{path} {'holds no text' if not text.strip() else 'is no text file'}; pass a file of UTF-8 text."
+        )
+    return text
 
 
-def _sensitivity(model: Any, samples: Samples, settings: RunSettings, path: Path, show_progress: bool) -> Sensitivity:
+def _sensitivity(
+    model: Any, samples: Samples, settings: RunSettings, path: Path, show_progress: bool
+) -> Sensitivity:
     if path.exists():
         return Sensitivity.load(path)
     partial = path.with_suffix(".partial.safetensors")
@@ -253,88 +294,40 @@ def _sensitivity(model: Any, samples: Samples, settings: RunSettings, path: Path
     return values
 
 
-@contextmanager
-def _points(path: Path) -> Iterator[tuple[list[PointRecord], Callable[[PointRecord], None]]]:
-    """Finished measurements, and a function that appends one; a line cut off by a crash is dropped."""
-    finished: list[PointRecord] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                finished.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        write_bytes(path, "".join(json.dumps(record) + "\n" for record in finished).encode())
-    with path.open("a", encoding="utf-8") as lines:
-
-        def store(record: PointRecord) -> None:
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-
-        yield finished, store
-
-
-def _check_folder(out: Path, settings: RunSettings) -> None:
-    """Refuse a folder that holds something else, before the model is loaded."""
-    if out.exists() and not out.is_dir():
-        raise TomsparseError(f"{out} is a file; pass a folder for --out.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / "run.json").exists():
-        raise TomsparseError(f"The folder {out} holds other files and no run; pass a new or empty folder.")
-    earlier = read_json(out / "run.json")
-    asked = _plain(settings)
-    found = earlier.get("settings", {})
-    if earlier.get("format") != _FORMAT or found != asked:
-        differs = ", ".join(
-            f"{name} {found.get(name)!r} (now {asked.get(name)!r})"
-            for name in sorted({*asked, *found})
-            if found.get(name) != asked.get(name)
-        )
-        raise TomsparseError(
-            f"The folder {out} holds another run: {differs or 'of another version'}. Pass a new folder, or the earlier settings."
-        )
-
-
-def _claim_folder(out: Path, settings: RunSettings, model: Any) -> dict[str, Any]:
+def _facts(model: Any, settings: RunSettings, material: _Material, command: str) -> dict[str, Any]:
     model_view = view(model)
-    model_view.require_eval()
-    model_view.require_raw_basis()
-    keys = model_view.keys(settings.matrices)
-    facts = {
-        "format": _FORMAT,
+    return {
         "settings": _plain(settings),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command,
         "identity": model_view.identity().to_dict(),
-        "n_weights": sum(model_view.weight(key).numel() for key in keys),
-        "n_parameters": sum(parameter.numel() for parameter in model_view.parameters() if parameter.is_floating_point()),
+        "n_weights": sum(model_view.weight(key).numel() for key in model_view.keys(settings.matrices)),
+        "n_parameters": sum(
+            parameter.numel() for parameter in model_view.parameters() if parameter.is_floating_point()
+        ),
+        "samples": material.digest,
         "device": str(model_view.device),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }
-    if (out / "run.json").exists():
-        earlier = read_json(out / "run.json")
-        if earlier["identity"]["fingerprint"] != facts["identity"]["fingerprint"]:
-            raise TomsparseError(
-                f"The folder {out} holds a run on other weights of the same name; the model has changed. Pass a new folder."
-            )
-        return dict(earlier)
-    write_json(out / "run.json", facts)
-    return facts
 
 
-@contextmanager
-def _folder(out: Path) -> Iterator[None]:
-    """The folder; if it was made here and nothing was finished in it, it is removed again."""
-    existed = out.is_dir()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(f"{out} is not writable")
-        yield
-    except OSError as error:
-        raise TomsparseError(f"Cannot write to {out}: {error}. Free some space or pass another folder for --out.") from error
-    finally:
-        if not existed and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+def _check_model(model: Any, settings: RunSettings) -> None:
+    """Refuse what only the model tells: its basis and matrices, kappas that choose nothing or all."""
+    model_view = view(model)
+    model_view.require_raw_basis()
+    sizes = [model_view.weight(key).numel() for key in model_view.keys(settings.matrices)]
+    if settings.kappas == "auto":
+        return
+    top = max(settings.kappas)
+    if not round(top * max(sizes)):
+        raise TomsparseError(
+            f"kappas={settings.kappas!r} choose no weight: the largest of these matrices of "
+            f"{model_view.name} has {max(sizes):,} weights, so use at least {1 / max(sizes):.1g}."
+        )
+    if any(round(top * size) == size for size in sizes):
+        raise TomsparseError(
+            f"kappa={top!r} chooses all weights of a matrix, and none is left to take the mean of; "
+            "use smaller kappas."
+        )
 
 
 def _plain(settings: RunSettings) -> dict[str, Any]:
@@ -352,6 +345,7 @@ def _write_results(out: Path, result: RunResult) -> None:
         "perplexity": result.effect.perplexity,
         "differences": result.effect.differences,
         "answers": result.effect.answers,
+        "choice": result.choice.table.reset_index(),
         "mask_entries": result.masks["mask"].to_frame(),
     }
     for name, frame in frames.items():
@@ -364,5 +358,6 @@ def _write_results(out: Path, result: RunResult) -> None:
             "choice": result.choice.to_dict(),
             "effect": result.effect.to_dict(),
             "sweep": result.sweep.to_dict(),
+            **{name: json_rows(frames[name]) for name in ("answers", "mask_entries")},
         },
     )

@@ -1,14 +1,17 @@
 """One function per result, each returning a plotly `Figure`.
 
-Nothing is drawn or shown here, and no template or renderer is set for the whole process. Figures show the numbers of a result as they
-are: an interval is drawn only where the result has one, and its kind is named in the hover.
+Nothing is drawn or shown here, and no template or renderer is set for the whole process. Figures show the
+numbers of a result as they are: an interval is drawn only where the result has one, and its kind is named in
+the hover.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._intervals import proportion_interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -43,25 +46,33 @@ _COLOURS = {
     "general_only": "#2471a3",
     "tom_only": "#b9770e",
 }
+_GREY = "#95a5a6"
+_PANELS_A_ROW = 4
 
 
 def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
     """Accuracies (above) and perplexity (below) against sparsity, with the band of random masks.
 
-    Kappas are evenly spaced steps, because they span decades and include 0. Lines are the mask's; the grey band spans the
-    false-belief accuracies (below: perplexities) of all random masks; dotted is the unedited model.
+    Kappas are evenly spaced steps, because they span decades and include 0. Lines are the mask's; the grey
+    band spans the false-belief accuracies (below: perplexities) of all random masks; dotted is the unedited
+    model.
 
     Args:
         sweep: from `kappa_sweep`.
         chosen: a kappa to mark.
+
+    Raises:
+        TomsparseError: `chosen` is not a kappa of the sweep.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     mask = sweep.arm("mask")
     kappas = list(mask.index)
+    if chosen is not None and chosen not in kappas:
+        raise TomsparseError(f"chosen={chosen!r} is not a kappa of the sweep: {', '.join(map(str, kappas))}.")
     steps = list(range(len(kappas)))
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.06)
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.66, 0.34], vertical_spacing=0.13)
     for row, measure in ((1, "false_belief"), (2, "perplexity")):
         band = sweep.band(measure)
         figure.add_trace(
@@ -72,29 +83,29 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
                 fillcolor="rgba(127,140,141,0.25)",
                 line={"width": 0},
                 hoverinfo="skip",
-                name=f"random masks, {'false belief' if row == 1 else 'perplexity'}: range of {sweep.meta['n_random']}",
-                showlegend=row == 1,
+                name=f"{sweep.meta['n_random']} random masks",
+                legend="legend" if row == 1 else "legend2",
             ),
             row=row,
             col=1,
         )
-        baseline = mask[measure].iloc[0]
-        figure.add_hline(y=baseline, line={"dash": "dot", "color": _COLOURS[measure if row == 1 else "random"], "width": 1},
-                         row=row, col=1)  # fmt: skip
+        line = {"dash": "dot", "color": _GREY, "width": 1.5}
+        figure.add_hline(y=mask[measure].iloc[0], line=line, row=row, col=1)
     for measure in ("paired", "second_order", "memory", "reality", "true_belief", "false_belief"):
         if mask[measure].isna().all():
             continue
+        main = measure == "false_belief"
         figure.add_trace(
             go.Scatter(
                 x=steps,
                 y=mask[measure],
                 mode="lines+markers",
                 name=LABELS[measure],
-                line={"color": _COLOURS[measure], "width": 3 if measure == "false_belief" else 1.5},
-                error_y=_exact_bars(mask[measure], sweep.n[measure]) if measure == "false_belief" else None,
+                line={"color": _COLOURS[measure], "width": 3 if main else 1.5},
+                error_y=_exact_bars(mask[measure], sweep.n[measure]) if main else None,
                 customdata=[[kappa, int(n), sweep.n[measure]] for kappa, n in zip(kappas, mask.n_weights)],
-                hovertemplate="kappa %{customdata[0]:.3g}, %{customdata[1]} weights<br>%{y:.3f} of %{customdata[2]}"
-                f"<extra>{LABELS[measure]}</extra>",
+                hovertemplate="kappa %{customdata[0]:.3g}, %{customdata[1]} weights<br>"
+                f"%{{y:.3f}} of %{{customdata[2]}}<extra>{LABELS[measure]}</extra>",
             ),
             row=1,
             col=1,
@@ -106,27 +117,38 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
                 x=steps,
                 y=rows.perplexity,
                 mode="lines+markers",
-                name=f"perplexity, {LABELS[arm]}",
+                name=LABELS[arm],
+                legend="legend2",
                 line={"color": _COLOURS[arm], "dash": dash, "width": 1.5},
-                hovertemplate="perplexity %{y:.4g}<extra>" + LABELS[arm] + "</extra>",
+                customdata=[[kappa, int(n)] for kappa, n in zip(kappas, rows.n_weights)],
+                hovertemplate="kappa %{customdata[0]:.3g}, %{customdata[1]} weights<br>"
+                f"perplexity %{{y:.4g}}<extra>{LABELS[arm]}</extra>",
             ),
             row=2,
             col=1,
         )
     if chosen is not None:
-        figure.add_vline(
-            x=kappas.index(chosen), line={"color": "#c0392b", "width": 1, "dash": "dash"}, annotation_text="chosen",
-            annotation_position="top right", row=1, col=1,
-        )  # fmt: skip
-    labels = [f"{kappa:.3g}<br>{int(n)}" for kappa, n in zip(kappas, mask.n_weights)]
-    figure.update_xaxes(tickvals=steps, ticktext=labels, row=2, col=1, title="kappa, and below it the number of weights edited")
-    figure.update_yaxes(title="accuracy (dev stories)", range=[-0.03, 1.03], row=1, col=1)
-    figure.update_yaxes(title="perplexity", type="log", row=2, col=1, dtick="D2")
-    return _finish(figure, height=620)
+        line = {"color": _COLOURS["mask"], "width": 1, "dash": "dash"}
+        figure.add_vline(x=kappas.index(chosen), line=line, row="all", col=1)
+        figure.add_annotation(
+            x=kappas.index(chosen), y=1.03, text="chosen", showarrow=False, xanchor="left", row=1, col=1
+        )
+    labels = [f"{_short(kappa)}<br>{int(n)}" for kappa, n in zip(kappas, mask.n_weights)]
+    figure.update_xaxes(range=[-0.3, steps[-1] + 0.3], tickvals=steps, ticktext=labels)
+    figure.update_xaxes(title="kappa, and below it the number of weights edited", row=2, col=1)
+    figure.update_yaxes(title="accuracy (dev stories)", range=[-0.03, 1.07], row=1, col=1)
+    values = sweep.frame.perplexity
+    ticks = _log_ticks(float(values.min()), float(values.max()))
+    figure.update_yaxes(
+        title="perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], row=2, col=1
+    )
+    _finish(figure, height=680)
+    top = figure.layout.yaxis2.domain[1]
+    return figure.update_layout(legend2={**_legend(), "y": top + 0.01})
 
 
 def accuracy(effect: Effect) -> go.Figure:
-    """Accuracy of each category before and after, beside the controls, with the intervals of the effect's table."""
+    """Accuracy of each category before and after, beside the controls, with the intervals of the table."""
     import plotly.graph_objects as go
 
     table = effect.accuracy
@@ -135,13 +157,18 @@ def accuracy(effect: Effect) -> go.Figure:
     arms = list(dict.fromkeys(table.arm))
     for place, arm in enumerate(arms):
         rows = table[table.arm == arm].set_index("measure").loc[measures]
+        label = LABELS.get(arm, arm)
         figure.add_trace(
             go.Scatter(
                 x=[i + (place - (len(arms) - 1) / 2) * 0.14 for i in range(len(measures))],
                 y=rows.accuracy,
                 mode="markers",
-                name=f"{LABELS.get(arm, arm)} ({effect.n_weights[arm]} weights)",
-                marker={"color": _COLOURS.get(arm, "#34495e"), "size": 9, "symbol": "square" if arm == "random" else "circle"},
+                name=label if arm == "before" else f"{label} ({effect.n_weights[arm]} weights)",
+                marker={
+                    "color": _COLOURS.get(arm, "#34495e"),
+                    "size": 9,
+                    "symbol": "square" if arm == "random" else "circle",
+                },
                 error_y={
                     "type": "data",
                     "symmetric": False,
@@ -150,21 +177,23 @@ def accuracy(effect: Effect) -> go.Figure:
                     "thickness": 1.2,
                 },
                 customdata=rows[["low", "high", "interval", "n"]].to_numpy(),
-                hovertemplate="%{y:.3f}, %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>(%{customdata[2]}), n = %{customdata[3]}"
-                f"<extra>{LABELS.get(arm, arm)}</extra>",
+                hovertemplate="%{y:.3f}, %{customdata[0]:.3f} to %{customdata[1]:.3f}<br>"
+                f"(%{{customdata[2]}}), n = %{{customdata[3]}}<extra>{label}</extra>",
             )
         )
     before = table[table.arm == "before"].set_index("measure")
     for i, measure in enumerate(measures):
         chance = before.chance[measure]
-        figure.add_shape(type="line", x0=i - 0.42, x1=i + 0.42, y0=chance, y1=chance, line={"dash": "dot", "color": "#95a5a6"})
-    figure.update_xaxes(tickvals=list(range(len(measures))), ticktext=[LABELS[m] for m in measures])
+        line = {"dash": "dot", "color": _GREY}
+        figure.add_shape(type="line", x0=i - 0.42, x1=i + 0.42, y0=chance, y1=chance, line=line)
+    names = [LABELS[measure].replace(" ", "<br>", 1) for measure in measures]
+    figure.update_xaxes(tickvals=list(range(len(measures))), ticktext=names)
     figure.update_yaxes(title="accuracy (held-out stories)", range=[-0.03, 1.03])
-    return _finish(figure, height=430)
+    return _finish(figure, height=470)
 
 
 def mask_places(mask: SparseMask) -> go.Figure:
-    """Where the masked weights lie: entries in each layer and head of Q, K, V, O, and in each layer of the MLP's matrices.
+    """Where the masked weights lie: entries in each layer and head, and in each layer of the MLP's matrices.
 
     Raises:
         TomsparseError: an empty mask.
@@ -174,27 +203,25 @@ def mask_places(mask: SparseMask) -> go.Figure:
 
     if not len(mask):
         raise TomsparseError("The mask is empty; there is nothing to show. Choose a larger kappa.")
-    heads = mask.counts("head")
-    panels: dict[str, list[list[int]]] = {}
+    panels = _places(mask)
     layers = sorted({layer for layer, _ in mask.shapes})
-    for matrix in dict.fromkeys(name for _, name in mask.shapes):
-        rows = []
-        for layer in layers:
-            key = (layer, matrix)
-            if key not in mask.shapes:
-                rows.append([0])
-            elif len(mask.shapes[key]) == 3:
-                rows.append([int(heads[layer, matrix, head]) for head in range(mask.shapes[key][0])])
-            else:
-                rows.append([len(mask.entries[key]) if key in mask.entries else 0])
-        panels[matrix] = rows
-    widths = [max(2, len(rows[0])) for rows in panels.values()]
+    names = list(panels)
+    n_rows = math.ceil(len(names) / _PANELS_A_ROW)
+    n_columns = min(len(names), _PANELS_A_ROW)
+    in_column = [names[column::_PANELS_A_ROW] for column in range(n_columns)]
+    widths = [max(2, *(len(panels[name][0]) for name in column)) for column in in_column]
+    cell = max(12.0, min(34.0, 560 / len(layers)))
     figure = make_subplots(
-        rows=1, cols=len(panels), subplot_titles=[f"W_{name}" for name in panels], column_widths=widths, shared_yaxes=True,
-        horizontal_spacing=0.04,
+        rows=n_rows, cols=n_columns, subplot_titles=[f"W_{name}" for name in names], column_widths=widths,
+        shared_yaxes=True, horizontal_spacing=0.04,
+        vertical_spacing=min(0.3, 90 / (cell * len(layers) * n_rows)),
     )  # fmt: skip
     top = max(max(max(row) for row in rows) for rows in panels.values())
-    for column, (matrix, rows) in enumerate(panels.items(), start=1):
+    few = len(layers) * sum(widths) <= 400
+    for place, (matrix, rows) in enumerate(panels.items()):
+        where = {"row": 1 + place // _PANELS_A_ROW, "col": 1 + place % _PANELS_A_ROW}
+        per_head = _per_head(mask, matrix)
+        head = ("kv head" if matrix in "KV" else "head") if per_head else ""
         figure.add_trace(
             go.Heatmap(
                 z=rows,
@@ -203,26 +230,72 @@ def mask_places(mask: SparseMask) -> go.Figure:
                 zmin=0,
                 zmax=top,
                 colorscale="Viridis",
-                showscale=column == len(panels),
-                colorbar={"title": "weights"},
-                texttemplate="%{z}" if len(layers) * sum(widths) <= 400 else None,
-                hovertemplate="layer %{y}, head %{x}: %{z} weights<extra>W_" + matrix + "</extra>",
+                showscale=place == 0,
+                colorbar={"title": "weights", "tickformat": "d", "nticks": min(top + 1, 8)},
+                texttemplate="%{z}" if few else None,
+                xgap=1,
+                ygap=1,
+                hovertemplate=f"layer %{{y}}{', ' + head + ' %{x}' if head else ''}: %{{z}} weights"
+                f"<extra>W_{matrix}</extra>",
             ),
-            row=1,
-            col=column,
+            **where,
         )
-        per_head = len(mask.shapes[next(key for key in mask.shapes if key[1] == matrix)]) == 3
-        figure.update_xaxes(
-            title=("kv head" if matrix in "KV" else "head") if per_head else "", dtick=1, showticklabels=per_head, row=1, col=column
-        )
-    figure.update_yaxes(dtick=1, autorange="reversed")
-    figure.update_yaxes(title="layer", row=1, col=1)
-    return _finish(figure, height=130 + 34 * min(len(layers), 32))
+        figure.update_xaxes(title=head, dtick=_step(len(rows[0])), showticklabels=per_head, **where)
+    figure.update_yaxes(dtick=_step(len(layers)), autorange="reversed")
+    figure.update_yaxes(title="layer", col=1)
+    return _finish(figure, height=round(120 + n_rows * cell * len(layers) + 90 * (n_rows - 1)))
+
+
+def _places(mask: SparseMask) -> dict[str, list[list[int]]]:
+    """For each matrix the number of entries, by layer and head; one column where there are no heads."""
+    heads = mask.counts("head")
+    layers = sorted({layer for layer, _ in mask.shapes})
+    panels: dict[str, list[list[int]]] = {}
+    for matrix in dict.fromkeys(name for _, name in mask.shapes):
+        rows = []
+        for layer in layers:
+            shape = mask.shapes.get((layer, matrix))
+            if shape is None:
+                rows.append([0])
+            elif len(shape) == 3:
+                rows.append([int(heads[layer, matrix, head]) for head in range(shape[0])])
+            else:
+                rows.append([len(mask.entries.get((layer, matrix), ()))])
+        panels[matrix] = rows
+    return panels
+
+
+def _per_head(mask: SparseMask, matrix: str) -> bool:
+    return any(len(shape) == 3 for (_, name), shape in mask.shapes.items() if name == matrix)
+
+
+def _step(n: int) -> int:
+    """Between labels of n neighbours: all where they are few."""
+    return next(step for step in (1, 2, 4, 8, 16, 32, n) if n <= 16 * step)
+
+
+def _short(kappa: float) -> str:
+    """Three significant digits in as few characters as may be: 0.01, 5.28e-5."""
+    text = f"{kappa:.3g}"
+    mantissa, _, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else text
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """A few round numbers on a log axis: 1, 2, 5 times powers of ten, even steps where these are too few."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**n for n in decades for m in (1, 2, 5) if low <= m * 10.0**n <= high]
+    if len(ticks) > 8:
+        ticks = [10.0**n for n in decades if low <= 10.0**n <= high]
+    if len(ticks) >= 3:
+        return ticks
+    rough = max((high - low) / 4, 1e-3 * high)
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= rough)
+    return [round(n * step, 10) for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def _exact_bars(shares: Any, n: int) -> dict[str, Any]:
-    from tl_tomsparse._intervals import proportion_interval
-
     bounds = [proportion_interval(round(share * n), n) for share in shares]
     return {
         "type": "data",
@@ -234,11 +307,15 @@ def _exact_bars(shares: Any, n: int) -> dict[str, Any]:
     }
 
 
+def _legend() -> dict[str, Any]:
+    return {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}}
+
+
 def _finish(figure: go.Figure, *, height: int) -> go.Figure:
     return figure.update_layout(
         template="plotly_white",
         height=height,
         margin={"l": 60, "r": 20, "t": 40, "b": 60},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend=_legend(),
         font={"family": "system-ui, sans-serif", "size": 13},
     )

@@ -1,15 +1,16 @@
 """The page of a run: one self-contained HTML file, every sentence and figure made from the run's numbers.
 
-What the page says in words is computed: the verdict from the effect's intervals, the rest from counts. Nothing is typed in by hand
-for a particular model, so that the page can be trusted where it says that no effect was found.
+What the page says in words is computed: the verdict from the effect's intervals, the rest from counts.
+Nothing is typed in by hand for a particular model, so that the page can be trusted where it says that no
+effect was found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tl_tomsparse import plot
 from tl_tomsparse._artifacts import write_text
@@ -18,26 +19,44 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from tl_tomsparse.mask import SparseMask
     from tl_tomsparse.pipeline import RunResult
     from tl_tomsparse.stories import Story
+    from tl_tomsparse.verdict import Claim
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #17202a; background: #fff; margin: 0 auto; max-width: 980px; padding: 24px; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3em; } h2 { font-size: 1.2rem; margin: 2em 0 .5em; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #17202a; background: #fff; margin: 0 auto;
+  max-width: 980px; padding: 24px; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3em; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2em 0 .5em; }
 p { max-width: 46em; } .lead { font-size: 1.1rem; } .quiet { color: #566573; font-size: .9rem; }
-table { border-collapse: collapse; font-size: .92rem; margin: .6em 0; } th, td { padding: .3em .7em; text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #17202a; vertical-align: bottom; }
-tbody tr { border-bottom: 1px solid #e5e8e8; } td small { color: #566573; display: block; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .92rem; margin: .6em 0; }
+th, td { padding: .3em .7em; text-align: right; } th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #17202a; vertical-align: bottom; white-space: nowrap; }
+tbody tr { border-bottom: 1px solid #e5e8e8; }
+small { color: #566573; display: block; white-space: nowrap; font-weight: 400; }
 .scroll { overflow-x: auto; } .claims td { text-align: left; vertical-align: top; }
-.status { display: inline-block; white-space: nowrap; border-radius: 4px; padding: 0 .5em; font-size: .85rem; font-weight: 600; }
+.claims td:first-child { white-space: nowrap; }
+.status { display: inline-block; white-space: nowrap; border-radius: 4px; padding: 0 .5em; font-size: .85rem;
+  font-weight: 600; }
 .supported { background: #d4efdf; color: #145a32; } .not-supported { background: #fadbd8; color: #78281f; }
 .not-testable { background: #e5e8e8; color: #2c3e50; }
-.story { border-left: 4px solid #d5d8dc; padding: .2em 1em; margin: 1em 0; } .story table td { text-align: left; }
-.wrong { color: #922b21; font-weight: 600; } .right { color: #1d6b3a; } code { font-size: .85em; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15em 1em; font-size: .92rem; } dt { color: #566573; } dd { margin: 0; }
+.story { border-left: 4px solid #d5d8dc; padding: .2em 1em; margin: 1em 0; }
+.story td, .story th { text-align: left; } .story td:first-child { min-width: 14em; }
+.wrong { color: #922b21; font-weight: 600; } .right { color: #1d6b3a; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15em 1em; font-size: .92rem; }
+dt { color: #566573; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  body { padding: 14px; } th, td { padding: .3em .45em; } .story { padding: .2em .6em; }
+  .claims tr { display: block; padding: .5em 0; }
+  .claims td { display: inline-block; padding: .1em .5em .1em 0; }
+  .claims td:last-child { display: block; } dl { grid-template-columns: 1fr; } dt { margin-top: .4em; }
+}
 """
 _ARMS = ("before", "mask", "random", "general_only", "tom_only")
+_IN_SHORT = {"supported": "Found.", "not supported": "Not found.", "not testable": "Not testable."}
 
 
 def write_report(path: str | Path, result: RunResult) -> None:
@@ -49,10 +68,11 @@ def report_html(result: RunResult) -> str:
     """The page of a run as HTML without any outside resource."""
     figures = _Figures()
     name = result.facts["identity"]["name"]
-    n = result.effect.n_weights["mask"]
+    mask = result.masks["mask"]
+    chosen = f"{escape(result.choice.reason)} Chosen on dev stories; nothing was chosen on held-out ones."
     body = [
         f"<h1>Which few weights do {escape(name)}’s false-belief answers hang on?</h1>",
-        f'<p class="lead">{_verdict_in_short(result)}</p>',
+        _verdict_in_short(result.claims[0]),
         "<h2>Verdict</h2>",
         _claims(result),
         "<h2>What was asked</h2>",
@@ -64,17 +84,19 @@ def report_html(result: RunResult) -> str:
         "<h2>Perplexity of held-out general text</h2>",
         _perplexity_table(result.effect.perplexity, result.effect.n_weights),
         "<h2>How many weights: the sweep on dev stories</h2>",
-        f"<p>{escape(result.choice.reason)} The number was chosen here, on dev stories; nothing was chosen on the held-out ones.</p>",
+        f"<p>{chosen}</p>",
         figures.add(plot.kappa_sweep(result.sweep, chosen=result.choice.kappa)),
         "<h2>Where the masked weights lie</h2>",
-        *((_places(result), figures.add(plot.mask_places(result.masks["mask"]))) if n else ("<p>The mask is empty.</p>",)),
+        _places(mask),
+        figures.add(plot.mask_places(mask), width=_width(mask)) if len(mask) else "",
         "<h2>Some stories</h2>",
         _stories(result),
         "<h2>Files, command and versions</h2>",
         _files(result),
     ]
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}: sparse weights</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(name)}: sparse weights</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
@@ -84,100 +106,118 @@ class _Figures:
     """Figures as HTML; the first one brings plotly.js along."""
 
     def __init__(self) -> None:
-        self._first = True
+        self._n = 0
 
-    def add(self, figure: go.Figure) -> str:
-        first, self._first = self._first, False
-        return str(
-            figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False, "responsive": True})
+    def add(self, figure: go.Figure, *, width: int = 0) -> str:
+        """A figure as wide as the page; where that is less than `width` pixels, it scrolls."""
+        self._n += 1
+        html = figure.to_html(
+            full_html=False,
+            include_plotlyjs=self._n == 1,
+            div_id=f"figure-{self._n}",
+            config={"displaylogo": False, "responsive": True},
         )
+        return f'<div class="scroll"><div style="min-width: {width}px">{html}</div></div>'
 
 
-def _verdict_in_short(result: RunResult) -> str:
-    whole = result.claims[0]
-    words = {"supported": "Found", "not supported": "Not found", "not testable": "Not testable"}[whole.status]
-    return f"<strong>{words}.</strong> {escape(whole.sentence)}"
+def _width(mask: SparseMask) -> int:
+    """Pixels in which a figure of a mask's places can be read."""
+    heads = {name: shape[0] if len(shape) == 3 else 2 for (_, name), shape in mask.shapes.items()}
+    return 100 + 14 * sum(sorted(heads.values())[-4:])
+
+
+def _verdict_in_short(whole: Claim) -> str:
+    return f'<p class="lead"><strong>{_IN_SHORT[whole.status]}</strong> {escape(whole.sentence)}</p>'
 
 
 def _claims(result: RunResult) -> str:
     rows = "".join(
         f"<tr><td>{escape(claim.claim.replace('_', ' '))}</td>"
-        f'<td><span class="status {claim.status.replace(" ", "-")}">{claim.status}</span></td><td>{escape(claim.sentence)}</td></tr>'
-        for claim in result.claims
+        f'<td><span class="status {claim.status.replace(" ", "-")}">{claim.status}</span></td>'
+        f"<td>{escape(claim.sentence)}</td></tr>"
+        for claim in result.claims[1:]
     )
     meta = result.effect.meta
     return (
-        f'<table class="claims"><tbody>{rows}</tbody></table><p class="quiet">Computed from the intervals below. '
-        f"“Stays” means that the whole 95 % interval of the change lies within {100 * meta['accuracy_margin']:g} points "
-        f"(perplexity: {100 * meta['perplexity_margin']:g} %). No claim of damage is made where the unedited model is not above chance.</p>"
+        f'<table class="claims"><tbody>{rows}</tbody></table>'
+        '<p class="quiet">Computed from the intervals below. '
+        "“Stays” means that the whole 95 % interval of the change lies within "
+        f"{100 * meta['accuracy_margin']:g} points (perplexity: {100 * meta['perplexity_margin']:g} %). "
+        "No claim of damage is made where the unedited model is not above chance.</p>"
     )
 
 
 def _question(result: RunResult) -> str:
     settings, facts = result.settings, result.facts
-    text = "generated text" if not settings.text else ", ".join(Path(path).name for path in settings.text)
-    n, kappa = result.effect.n_weights["mask"], result.choice.kappa
-    chosen = facts["n_weights"]
+    text = ", ".join(Path(path).name for path in settings.text) or "generated text"
+    n, examined = result.effect.n_weights["mask"], facts["n_weights"]
+    matrices = ", ".join(f"W_{name}" for name in settings.matrices)
     return (
-        f"<p>The sensitivity of every weight of {escape(', '.join('W_' + m for m in settings.matrices))} "
-        f"({chosen:,} weights) was measured on {settings.stories} false-belief stories and on {settings.windows} windows of "
-        f"general text ({escape(text)}): the diagonal of the empirical Fisher. The mask is the top share kappa = {kappa:.3g} of each "
-        f"matrix for the stories, without the top share for the text: {n} weights, {100 * n / chosen:.3g} % of those examined and "
-        f"{100 * n / facts['n_parameters']:.2g} % of the model. For the length of the measurement each masked weight became the mean of "
-        f"its matrix’s other weights; then it was put back bit for bit. Random masks have as many weights in each matrix.</p>"
+        f"<p>The sensitivity of every weight of {escape(matrices)} ({examined:,} weights) was measured on "
+        f"{settings.stories} false-belief stories and on {settings.windows} windows of general text "
+        f"({escape(text)}): the diagonal of the empirical Fisher. The mask is the top share "
+        f"kappa = {result.choice.kappa:.3g} of each matrix for the stories, without the top share for "
+        f"the text: {n} weights, {100 * n / examined:.3g} % of those examined and "
+        f"{100 * n / facts['n_parameters']:.2g} % of the model. For the length of the measurement each "
+        "masked weight became the mean of its matrix’s other weights; then it was put back bit for bit. "
+        "Random masks have as many weights in each matrix.</p>"
     )
 
 
 def _settings(result: RunResult) -> str:
-    settings, effect = result.settings, result.effect
+    settings, meta = result.settings, result.effect.meta
+    name, n_parameters = result.facts["identity"]["name"], result.facts["n_parameters"]
     entries = {
-        "model": f"{result.facts['identity']['name']} ({result.facts['n_parameters']:,} parameters, {settings.backend}, {settings.dtype})",
-        "stories": f"{settings.stories} train (sensitivity), {settings.dev_stories} dev (kappa), {settings.test_stories} test (reported)",
-        "general text": f"{settings.windows} windows of {settings.length} tokens, {effect.meta['n_text_samples']} held out",
+        "model": f"{name} ({n_parameters:,} parameters, {settings.backend}, {settings.dtype})",
+        "stories": f"{settings.stories} train (sensitivity), {settings.dev_stories} dev (kappa), "
+        f"{settings.test_stories} test (reported)",
+        "general text": f"{settings.windows} windows of {settings.length} tokens (sensitivity), "
+        f"{meta['n_text_samples']} held out (perplexity)",
         "controls": f"{settings.random_masks} random masks, the general-only and the ToM-only mask",
         "BOS token": "first in every sample" if settings.prepend_bos else "none",
         "seed": str(settings.seed),
     }
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items()) + "</dl>"
+    return _list(entries)
 
 
 def _accuracy_table(result: RunResult) -> str:
     table, weights = result.effect.accuracy, result.effect.n_weights
     arms = [arm for arm in _ARMS if arm in set(table.arm)]
-    head = "".join(f"<th>{escape(plot.LABELS[arm])}<small>{weights[arm]} weights</small></th>" for arm in arms)
+    head = "".join(
+        f"<th>{escape(plot.LABELS[arm])}<small>{weights[arm]} weights</small></th>" for arm in arms
+    )
     rows = []
     for measure in dict.fromkeys(table.measure):
         of = table[table.measure == measure].set_index("arm")
         cells = "".join(
-            f"<td>{100 * of.accuracy[arm]:.1f} %<small>{100 * of.low[arm]:.1f} to {100 * of.high[arm]:.1f}</small></td>" for arm in arms
+            f"<td>{100 * of.accuracy[arm]:.1f} %"
+            f"<small>{100 * of.low[arm]:.1f} to {100 * of.high[arm]:.1f}</small></td>"
+            for arm in arms
         )
-        rows.append(
-            f"<tr><td>{escape(plot.LABELS[measure])}</td><td>{int(of.n['before'])}</td><td>{100 * of.chance['before']:.0f} %</td>{cells}</tr>"
-        )
+        about = f"<td>{int(of.n['before'])}</td><td>{100 * of.chance['before']:.0f} %</td>"
+        rows.append(f"<tr><td>{escape(plot.LABELS[measure])}</td>{about}{cells}</tr>")
     return (
-        f'<div class="scroll"><table><thead><tr><th></th><th>n</th><th>chance</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        '<p class="quiet">Small print: exact binomial 95 % intervals; for random masks the range over seeds around their mean. '
-        "“All agents of a story” counts a story only if the belief of every agent in it is right, where these differ: "
-        "an answer that looks at the story but not at the agent fails it.</p>"
+        f"{_table(f'<th></th><th>n</th><th>chance</th>{head}', rows)}"
+        '<p class="quiet">Intervals are exact binomial ones of 95 %; for random masks the mean over seeds '
+        "and the range. “All agents of a story” counts a story only if the belief of every agent in it is "
+        "right, where these differ: an answer that looks at the story but not at the agent fails it.</p>"
     )
 
 
 def _perplexity_table(table: pd.DataFrame, weights: dict[str, int]) -> str:
     of = table.set_index("arm")
-    rows = "".join(
+    rows = [
         f"<tr><td>{escape(plot.LABELS[arm])}</td><td>{weights[arm]}</td><td>{of.perplexity[arm]:.4g}</td>"
         f"<td>{of.ratio[arm]:.4f}<small>{of.low[arm]:.4f} to {of.high[arm]:.4f}</small></td></tr>"
         for arm in _ARMS
         if arm in of.index
-    )
-    return (
-        '<table><thead><tr><th></th><th>weights</th><th>perplexity</th><th>ratio to unedited</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table>"
-    )
+    ]
+    return _table("<th></th><th>weights</th><th>perplexity</th><th>ratio to unedited</th>", rows)
 
 
-def _places(result: RunResult) -> str:
-    mask = result.masks["mask"]
+def _places(mask: SparseMask) -> str:
+    if not len(mask):
+        return "<p>The mask is empty.</p>"
     by_matrix = mask.counts("matrix")
     layers = mask.counts("layer").sort_values(ascending=False, kind="stable")
     heads = mask.counts("head").sort_values(ascending=False, kind="stable")
@@ -192,16 +232,18 @@ def _places(result: RunResult) -> str:
 def _stories(result: RunResult, n: int = 4) -> str:
     answers = result.effect.answers
     changed = answers[answers.correct_before & ~answers.correct_mask]
-    order = list(dict.fromkeys(changed[changed.category == "false_belief"].story_id)) + list(dict.fromkeys(changed.story_id))
+    order = list(dict.fromkeys(changed[changed.category == "false_belief"].story_id)) + list(
+        dict.fromkeys(changed.story_id)
+    )
     order += [story.id for story in result.stories]
     shown = list(dict.fromkeys(order))[:n]
     by_id = {story.id: story for story in result.stories}
     n_changed = len(changed)
-    intro = (
-        f"<p>{n_changed} of {len(answers)} answers that were right became wrong under the mask"
-        f"{', and stories with such answers come first' if n_changed else '; the first stories of the held-out set'}.</p>"
+    order_of = "stories with such answers come first" if n_changed else "these are the first held-out stories"
+    changes = f"{n_changed} of {len(answers)} answers were right and became wrong under the mask"
+    return f"<p>{changes}; {order_of}.</p>" + "".join(
+        _story(by_id[name], answers[answers.story_id == name]) for name in shown
     )
-    return intro + "".join(_story(by_id[name], answers[answers.story_id == name]) for name in shown)
 
 
 def _story(story: Story, answers: pd.DataFrame) -> str:
@@ -210,30 +252,55 @@ def _story(story: Story, answers: pd.DataFrame) -> str:
         question = story.questions[int(row.question)]
         cells = "".join(
             f'<td class="{"right" if correct else "wrong"}">{escape(str(chosen))}</td>'
-            for chosen, correct in ((row.chosen_before, row.correct_before), (row.chosen_mask, row.correct_mask))
+            for chosen, correct in (
+                (row.chosen_before, row.correct_before),
+                (row.chosen_mask, row.correct_mask),
+            )
         )
         rows.append(
-            f"<tr><td>{escape(question.text)} …</td><td>{escape(plot.LABELS[question.category])}</td><td>{escape(question.answer)}</td>{cells}"
-            f"<td>{100 * row.correct_random:.0f} %</td></tr>"
+            f"<tr><td>{escape(question.text)} …</td><td>{escape(plot.LABELS[question.category])}</td>"
+            f"<td>{escape(question.answer)}</td>{cells}<td>{100 * row.correct_random:.0f} %</td></tr>"
         )
-    head = "".join(f"<th>{name}</th>" for name in ("question", "category", "answer", "unedited", "mask", "random right"))
+    names = ("question", "category", "right answer", "unedited", "mask", "right under<br>random masks")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    about = f"{story.id}, {story.scenario}, {story.condition.replace('_', ' ')} of {story.protagonist}"
     return (
-        f'<div class="story"><p>{escape(story.text)}</p><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div><p class="quiet">{escape(story.id)}, {escape(story.scenario)}, '
-        f"{escape(story.condition.replace('_', ' '))} of {escape(story.protagonist)}</p></div>"
+        f'<div class="story"><p>{escape(story.text)}</p>{_table(head, rows)}'
+        f'<p class="quiet">{escape(about)}</p></div>'
     )
 
 
 def _files(result: RunResult) -> str:
     facts = result.facts
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     identity = facts["identity"]
-    entries: Sequence[tuple[str, Any]] = (
-        ("command", facts["command"]),
-        ("versions", versions),
-        ("device", facts["device"]),
-        ("weights", f"fingerprint {identity['fingerprint']}, basis {identity['basis']}"),
-        ("every number", "results.json; accuracy, random, perplexity, differences, answers, sweep, mask_entries .parquet"),
-        ("tensors", "mask.safetensors, mask_general_only.safetensors, mask_tom_only.safetensors, sensitivity_*.safetensors"),
+    starts = len(facts["earlier_starts"])
+    entries = {
+        "command": facts["command"],
+        "versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+        "device": facts["device"],
+        "weights": f"fingerprint {identity['fingerprint']}, basis {identity['basis']}",
+        "every number": "results.json; accuracy, random, perplexity, differences, answers, choice, sweep, "
+        "mask_entries .parquet",
+        "tensors": "mask, mask_general_only, mask_tom_only, sensitivity_tom, sensitivity_general "
+        ".safetensors",
+    }
+    if starts:
+        entries["begun"] = (
+            f"in {starts} earlier starts by another command or other versions: see results.json"
+        )
+    return _list(entries, code=True)
+
+
+def _list(entries: Mapping[str, str], *, code: bool = False) -> str:
+    rows = [
+        f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(value)}</code>' if code else escape(value)}</dd>"
+        for name, value in entries.items()
+    ]
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _table(head: str, rows: Sequence[str]) -> str:
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in entries) + "</dl>"

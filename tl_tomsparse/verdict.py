@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Status = Literal["supported", "not supported", "not testable"]
 ALPHA = 1 - CONFIDENCE
+_UNABLE = "The unedited model does not show that it tracks what each agent believes"
 _FEWEST_SAMPLES = 10  # text samples below which drawing them again says nothing
 
 
@@ -78,7 +79,7 @@ def verdict(effect: Effect) -> list[Claim]:
     claims = [gate]
     for test in tests:
         if test.obstacle is not None:
-            claims.append(Claim(test.claim, "not testable", f"Not testable: {test.obstacle}"))
+            claims.append(Claim(test.claim, "not testable", _sentence(test.obstacle)))
             continue
         p = adjusted[test.claim]
         supported = p <= ALPHA and test.holds
@@ -96,11 +97,9 @@ class _Reader:
 
     def tracks_beliefs(self) -> Claim:
         if (obstacle := self._not_asked("false_belief") or self._not_asked("paired")) is not None:
-            return Claim("tracks_beliefs", "not testable", f"Not testable: {obstacle}")
+            return Claim("tracks_beliefs", "not testable", _sentence(obstacle))
         able = [self._above_chance("false_belief"), self._above_chance("paired")]
-        tracks = "The unedited model tracks what each agent believes" if all(able) else (
-            "The unedited model does not show that it tracks what each agent believes"
-        )  # fmt: skip
+        tracks = "The unedited model tracks what each agent believes" if all(able) else _UNABLE
         found = f"{self._before('false_belief')}; {self._before('paired')}"
         return Claim("tracks_beliefs", "supported" if all(able) else "not supported", f"{tracks}: {found}.")
 
@@ -194,9 +193,7 @@ class _Reader:
     def _gated(self, gate: Claim) -> str | None:
         if gate.status == "supported":
             return None
-        measure = "false_belief"
-        moved = "" if self._not_asked(measure) else f" Under the mask: {self._move(measure, 'mask')}."
-        return f"{gate.sentence.removeprefix('Not testable: ')}{moved}"
+        return gate.sentence if gate.status == "not testable" else f"{_UNABLE}, so nothing can be damaged."
 
     def _not_asked(self, measure: str) -> str | None:
         if ("before", measure) in self._accuracy.index:
@@ -234,12 +231,16 @@ def _together(claims: list[Claim], effect: Effect) -> Claim:
     if falls.status == "not testable":
         return Claim(name, "not testable", falls.sentence)
     if falls.status == "not supported":
-        return Claim(name, "not supported", f"{weights} has no selective effect. {falls.sentence}")
+        return Claim(name, "not supported", f"{weights} has no selective effect that shows. {falls.sentence}")
     if missing:
         shown = f"{weights} lowers false-belief accuracy, but not shown is: {', '.join(missing)}."
         return Claim(name, "not supported", shown)
     kept = "true belief, reality and perplexity stay, and random masks of equal size do less"
     return Claim(name, "supported", f"{weights} lowers false-belief accuracy while {kept}.")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _percent(share: float) -> str:
