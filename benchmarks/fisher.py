@@ -80,7 +80,7 @@ def gradients(
 ) -> list[Tensor]:
     """Gradients of batches, or with `square` the sum of the squares of each row's gradient."""
     model_view = view(model)
-    wanted = [model_view._parameter(*key)[0] for key in model_view.keys(matrices)]
+    wanted = [model_view._weights.parameter(key) for key in model_view.keys(matrices)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in wanted:

@@ -109,12 +109,13 @@ def test_packed_stories_give_the_same_scores_for_less_work(kind, backend):
 
 
 def test_a_model_that_does_not_obey_the_mask_is_noticed(monkeypatch):
-    def logits_without_mask(self, tokens, attention, positions):
-        return self.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    def logits_without_mask(self, tokens, attention, positions=None):
+        return whole(self, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     model = tiny.model()
     plain = prepare_scoring(model, STORIES)
-    monkeypatch.setattr(ModelView, "packed_logits", logits_without_mask)
+    whole = ModelView.logits
+    monkeypatch.setattr(ModelView, "logits", logits_without_mask)
     careful = prepare_scoring(model, STORIES, pack=True)
     assert careful.reads.n_tokens == plain.reads.n_tokens
 

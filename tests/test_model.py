@@ -12,6 +12,7 @@ import torch
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import ModelIdentity, Reader, apply_matrix, view
+from tl_tomsparse._model_identity import fingerprint
 
 EVERY = [(kind, backend) for kind in tiny.KINDS for backend in tiny.BACKENDS]
 every_model = pytest.mark.parametrize(("kind", "backend"), EVERY)
@@ -96,6 +97,17 @@ def test_identity_sees_one_changed_bit_and_its_way_back(backend: str) -> None:
     assert not model_view.identity().same_weights(before)
     weight[3, 5] = old
     assert model_view.identity() == before
+
+
+def test_fingerprint_sees_two_exchanged_entries() -> None:
+    weight = torch.randn(3, 100, 50, generator=torch.Generator().manual_seed(0))
+    seen = {fingerprint([("W", weight)]), fingerprint([("V", weight)]), fingerprint([("W", weight.half())])}
+    for first, second in (((0, 7, 5), (0, 8, 5)), ((0, 7, 5), (0, 7, 6)), ((0, 7, 5), (2, 7, 5))):
+        other = weight.clone()
+        other[first], other[second] = weight[second], weight[first]
+        seen.add(fingerprint([("W", other)]))
+    assert len(seen) == 6
+    assert fingerprint([("W", weight.mT.contiguous().mT)]) == fingerprint([("W", weight)])
 
 
 @every_backend

@@ -76,7 +76,7 @@ def test_every_entry_equals_autograd_on_the_same_model(kind: str, backend: str) 
         model.zero_grad()
         per_row_loss(model, samples[[n]]).sum().backward()
         for key in keys:
-            weight, grad = model_view.weight(key), model_view._parameter(*key)[0].grad
+            weight, grad = model_view.weight(key), model_view._weights.parameter(key).grad
             expected[key] += grad.as_strided(weight.shape, weight.stride()) ** 2 / len(samples)
     for key, value in fisher(model, samples).items():
         # The bridge computes norms and softmax in float32, as transformers does; HookedTransformer does not.

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import check_positive
-from tl_tomsparse._model import ModelView, view
+from tl_tomsparse._model import ModelView, Reader, view
 
 Wanted = tuple[Sequence[int], Sequence[tuple[int, int]]]
 _TOLERANCE = 1e-3  # nats by which packed and plain sums may differ: rounding, far below any effect
@@ -78,16 +78,10 @@ class _Batch:
     token: Int[Tensor, " reads"]
     total: Int[Tensor, " reads"]
 
-    def logits(self, model_view: ModelView) -> Float[Tensor, "read_from d_vocab"]:
+    def logits(self, read: Reader) -> Float[Tensor, "read_from d_vocab"]:
         """Logits at the nodes read from."""
-        with model_view.only_positions(self.where):
-            if self.attention.ndim == 2:
-                logits = model_view.logits(self.tokens, self.attention)
-            else:
-                logits = model_view.packed_logits(self.tokens, self.attention, self.positions)
-        logits = logits.flatten(0, 1)
-        if len(logits) == self.where.numel():  # every position came: nothing could be left out
-            logits = logits[self.where.flatten()]
+        positions = self.positions if self.attention.ndim == 3 else None
+        logits = read(self.tokens, self.attention, self.where, positions)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -112,11 +106,11 @@ class Reads:
         model_view = view(model)
         model_view.require_eval()
         totals = torch.zeros(self.n_totals, dtype=torch.float64, device=model_view.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), model_view.reader() as read:
             for batch in tqdm(self.batches, desc=description, disable=not show_progress, leave=False):
-                logits = batch.logits(model_view)
-                read = logits[batch.slot, batch.token] - logits.logsumexp(-1)[batch.slot]
-                totals.index_add_(0, batch.total, read.double())
+                logits = batch.logits(read)
+                log_probs = logits[batch.slot, batch.token] - logits.logsumexp(-1)[batch.slot]
+                totals.index_add_(0, batch.total, log_probs.double())
         return totals.cpu().numpy()
 
 

@@ -1,0 +1,88 @@
+"""Logits at chosen positions, with less work than logits everywhere; a part of `_model.py`.
+
+    read(tokens, attention, where) = logits(tokens, attention)[where]
+
+The unembedding, and in the last layer O and the MLP, need no other positions than those read from: nothing
+after them mixes positions. Which hook points these are, the [`ModelView`][] has found out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tl_tomsparse._model import Hook, ModelView
+
+
+class Reader:
+    """A function that gives logits at chosen positions; made by `ModelView.reader`, which installs its hooks.
+
+    What is read is unchanged. Activations at other positions are not those of a usual pass: the last layer
+    works on as many positions a row as the row that needs most, and its O and MLP give zeros elsewhere.
+
+    Attributes:
+        before: hooks to install first.
+        after: hooks to install last; those in between see the narrowed tensors.
+    """
+
+    def __init__(self, model_view: ModelView) -> None:
+        self._view = model_view
+        sites = model_view.last_layer_sites()
+        end = model_view.before_unembedding
+        self.before: list[Hook] = [(first, self._take) for first, _ in sites]
+        self.after: list[Hook] = [(last, self._put) for _, last in sites]
+        self.after += [] if end is None else [(end, self._select)]
+        self._where: Tensor | None = None
+        self._narrow: Tensor | None = None
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention: Bool[Tensor, "batch pos"] | Bool[Tensor, "batch query key"],
+        where: Bool[Tensor, "batch pos"],
+        positions: Int[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "reads d_vocab"]:
+        """The logits where `where` is True, row by row.
+
+        Args:
+            tokens: right-padded rows, or packed ones.
+            attention: as `ModelView.logits` takes it.
+            where: positions to read from.
+            positions: of packed rows.
+        """
+        count = where.sum(1)
+        fewest, most = int(count.min()), int(count.max())
+        if fewest < where.shape[1]:
+            self._where = where.to(self._view.device)
+            if 2 * most <= where.shape[1]:
+                # Stable, so that positions stay in order; rows that need fewer get others besides.
+                order = torch.argsort(self._where.long(), dim=1, descending=True, stable=True)
+                self._narrow = order[:, :most]
+        try:
+            logits = self._view.logits(tokens, attention, positions).flatten(0, 1)
+        finally:
+            wanted, self._where, self._narrow = self._where, None, None
+        if wanted is None or len(logits) < wanted.numel():
+            return logits
+        return logits[wanted.flatten()]
+
+    def _select(self, x: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        return None if self._where is None else x[self._where][None]
+
+    def _take(self, x: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        if self._narrow is None:
+            return None
+        return x[torch.arange(len(x), device=x.device)[:, None], self._narrow]
+
+    def _put(self, y: Tensor, hook: Any) -> Tensor | None:
+        del hook
+        if self._narrow is None or self._where is None:
+            return None
+        index = self._narrow[..., None].expand(y.shape)
+        return y.new_zeros(*self._where.shape, y.shape[-1]).scatter(1, index, y)

@@ -1,0 +1,107 @@
+"""Where a model's matrices lie in memory and how they are oriented; a part of `_model.py`.
+
+    y = x W + b    Q, K, V [heads, d_model, d_head]   O [heads, d_head, d_model]
+                   gate, in [d_model, d_mlp]          out [d_mlp, d_model]
+
+Parameters are resolved through their owner, never remembered themselves: processing the weights puts new
+objects in their places.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.pytorch_utils import Conv1D
+
+from tl_tomsparse._checks import TomsparseError
+
+MatrixName = Literal["Q", "K", "V", "O", "gate", "in", "out"]
+MATRICES: tuple[MatrixName, ...] = ("Q", "K", "V", "O", "gate", "in", "out")
+IN_ATTENTION = ("Q", "K", "V", "O")
+Key = tuple[int, str]
+
+
+class Weights:
+    """The live matrices of one model.
+
+    Attributes:
+        readable: keys of the matrices that exist as plain linear layers, layer by layer.
+        reasons: for the others by name, why not.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self._model, self._name = model, name
+        self._d_head = int(model.cfg.d_head)
+        self._owners: dict[Key, tuple[nn.Module, str, bool]] = {}
+        self.reasons: dict[str, str] = {}
+        every = [(layer, matrix) for layer in range(int(model.cfg.n_layers)) for matrix in MATRICES]
+        self.readable: list[Key] = [key for key in every if self._is_readable(key)]
+        if not any(matrix in IN_ATTENTION for _, matrix in self.readable):
+            why = "; ".join(dict.fromkeys(self.reasons.values()))
+            raise TomsparseError(f"{name} has no attention matrices that can be addressed: {why}.")
+
+    def parameter(self, key: Key) -> Tensor:
+        """The parameter that holds a matrix, as the model has it."""
+        module, attribute, _ = self._owner(key)
+        return cast(Tensor, getattr(module, attribute))
+
+    def __getitem__(self, key: Key) -> Tensor:
+        """The live matrix in canonical orientation, a detached view."""
+        weight = self.parameter(key).detach()
+        if weight.ndim == 3:  # HookedTransformer's attention is canonical already
+            return weight
+        weight = weight if self._owner(key)[2] else weight.T
+        if key[1] == "O":
+            return weight.unflatten(0, (-1, self._d_head))
+        return weight.unflatten(1, (-1, self._d_head)).transpose(0, 1) if key[1] in "QKV" else weight
+
+    def first_now(self) -> int:
+        """Which object holds the first matrix now, looked for anew: another one after weight processing."""
+        module, attribute, _ = self._find_owner(*self.readable[0])
+        return id(getattr(module, attribute))
+
+    def _owner(self, key: Key) -> tuple[nn.Module, str, bool]:
+        """The module and attribute of a matrix's parameter, and whether its first axis is the input."""
+        if key not in self._owners:  # looked for once, because edits ask for many
+            self._owners[key] = self._find_owner(*key)
+        return self._owners[key]
+
+    def _find_owner(self, layer: int, matrix: str) -> tuple[nn.Module, str, bool]:
+        part = "attn" if matrix in IN_ATTENTION else "mlp"
+        block = self._model.blocks[layer]
+        if part not in block._modules:
+            raise LookupError(f"layer {layer} has no {part}")
+        owner = block._modules[part]
+        if isinstance(self._model, TransformerBridge):
+            linear = owner._modules.get(matrix.lower())
+            component = getattr(linear, "original_component", None)
+            if component is None:
+                raise LookupError(f"its {part} has no {matrix} matrix of its own")
+            if not isinstance(component, nn.Linear | Conv1D):
+                raise LookupError(f"{matrix} is a {type(component).__name__}, not a plain linear layer")
+            return component, "weight", isinstance(component, Conv1D)
+        # With grouped-query attention W_K and W_V are expanded copies; the parameters have an underscore.
+        for attribute in (f"_W_{matrix}", f"W_{matrix}"):
+            if owner._parameters.get(attribute) is not None:
+                return owner, attribute, True
+        raise LookupError(f"its {part} has no {matrix} matrix of its own")
+
+    def _is_readable(self, key: Key) -> bool:
+        layer, matrix = key
+        try:
+            weight = self.parameter(key)
+        except LookupError as error:
+            self.reasons[matrix] = str(error)
+            return False
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise TomsparseError(
+                f"{self._name} is quantised ({matrix} of layer {layer} is stored as {weight.dtype}); its "
+                "weights cannot be read or edited one by one. Load it in float32, bfloat16 or float16."
+            )
+        if weight.device.type == "meta":
+            raise TomsparseError(
+                f"{self._name} has weights that are not loaded (device meta); load it whole."
+            )
+        return True
