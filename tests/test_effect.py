@@ -11,6 +11,7 @@ import pytest
 
 from tests import tiny
 from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._intervals import ClusterBootstrap
 from tl_tomsparse._points import Measures, Point
 from tl_tomsparse._prepared import Outcome, PreparedScoring, PreparedText
 from tl_tomsparse._scoring import Reads
@@ -46,7 +47,8 @@ class Planted:
             for index, question in enumerate(story.questions):
                 rows.append(
                     {
-                        "story_id": f"s{number}", "scenario": "transfer", "condition": "false_belief",
+                        "story_id": f"s{number}", "group": f"s{number}",
+                        "scenario": "transfer", "condition": "false_belief",
                         "protagonist": "Sally", "split": "test", "wording": "seen", "question": index,
                         "category": question.category, "kind": question.kind, "order": question.order,
                         "form": "completion", "agents": ", ".join(question.agents), "answer": question.answer,
@@ -250,6 +252,43 @@ def test_measures_count_as_story_scores_do():
     assert {name: measures.accuracy(point.correct, name) for name in measures.names} == pytest.approx(
         expected
     )
+
+
+def twins(planted: Planted) -> Planted:
+    """The same questions, with stories 2k and 2k + 1 as one group."""
+    number = planted.questions.story_id.str[1:].astype(int)
+    questions = planted.questions.assign(group="s" + (number - number % 2).astype(str))
+    planted.scoring = dataclasses.replace(planted.scoring, questions=questions)
+    return planted
+
+
+def test_intervals_cover_where_twins_fall_together():
+    """Half of the twins lose their false beliefs, both of a pair or none: by story it is too narrow."""
+    planted, rng, runs, truth = Planted(n_stories=100), np.random.default_rng(0), 200, -0.5
+    by_group, by_story = Measures(twins(planted).scoring), Measures(Planted(n_stories=100).scoring)
+    number = planted.questions.story_id.str[1:].astype(int).to_numpy()
+    assert (by_group.n_groups, by_group.n_stories, by_story.n_groups) == (50, 100, 100)
+    covered = {"group": 0, "story": 0}
+    before = np.ones(len(number), dtype=bool)
+    for run in range(runs):
+        after = rng.random(50)[number // 2] < 0.5
+        for name, measures in (("group", by_group), ("story", by_story)):
+            change = measures.counts(after, "false_belief") - measures.counts(before, "false_belief")
+            boot = ClusterBootstrap(measures.n_groups, n_draws=400, seed=run)
+            estimate = boot.ratio(change, measures.totals["false_belief"])
+            covered[name] += estimate.low <= truth <= estimate.high
+    assert 0.92 <= covered["group"] / runs <= 0.99
+    assert covered["story"] / runs < 0.88
+
+
+def test_an_effect_draws_twins_together():
+    rates = {"false_belief": 0.5}
+    alone, together = (planted.effect({}, rates, {}) for planted in (Planted(), twins(Planted())))
+    assert (alone.meta["n_groups"], together.meta["n_groups"]) == (200, 100)
+    pd.testing.assert_frame_equal(alone.accuracy, together.accuracy)
+    assert together.differences.value.tolist() == pytest.approx(alone.differences.value.tolist())
+    width = [(f.differences.high - f.differences.low).to_numpy() for f in (alone, together)]
+    assert (width[0] != width[1]).all()
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,19 @@ def test_jsonl_and_dataset_give_the_same_stories_back(tmp_path):
     write_jsonl(path, stories)
     assert read_jsonl(path) == stories
     assert from_dataset(to_dataset(stories)) == stories
+
+
+def test_stories_without_a_group_stand_alone(tmp_path):
+    stories = generate_stories(4, seed=1)
+    path = tmp_path / "stories.jsonl"
+    write_jsonl(path, stories)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        del record["group"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    expected = [dataclasses.replace(story, group="") for story in stories]
+    assert read_jsonl(path) == expected
+    assert from_dataset(to_dataset(stories).remove_columns("group")) == expected
 
 
 def test_a_bad_line_is_named(tmp_path):

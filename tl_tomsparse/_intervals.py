@@ -1,10 +1,11 @@
-"""Intervals: exact binomial for a proportion, a bootstrap by story for differences, Holm for a family.
+"""Intervals: exact binomial for a proportion, a bootstrap by cluster for differences, Holm for a family.
 
     accuracy:    Clopper-Pearson
-    difference:  sum_s num_s / sum_s den_s, stories s drawn again with replacement, all arms of one together
+    difference:  sum_c num_c / sum_c den_c, clusters c drawn again with replacement, all arms of one together
     family:      Holm, the j-th smallest of m p-values times m - j + 1
 
-The questions of one story share its text, so the story is the unit that is drawn again (paired, clustered).
+The questions of one story share its text, and twins share their plot, so a cluster, the unit that is drawn
+again, is a group of stories (paired, clustered).
 A change measured on an average over random masks also depends on which masks were drawn, so those are drawn
 again as well (crossed). Percentile intervals; p-values are two-sided and come from the same draws, so that
 p <= 1 - confidence is the same as an interval without the null value.
@@ -70,16 +71,16 @@ class Estimate:
 
 
 class ClusterBootstrap:
-    """Draws stories again with replacement; the same draws serve every estimate.
+    """Draws clusters again with replacement; the same draws serve every estimate.
 
     Args:
-        n_clusters: how many stories (or text windows) there are.
+        n_clusters: how many groups of stories (or text windows) there are.
         n_draws: how often they are drawn again.
         seed: of the draws.
         confidence: of the percentile intervals.
-        smooth: add one story that lost every answer and one that gained every answer (for contrasts: one
+        smooth: add one cluster that lost every answer and one that gained every answer (for contrasts: one
             pair a term) to those that are drawn, as Bonett and Price (2012) add a half to each cell of a
-            paired table. Without it, no change in ten stories would give the interval [0, 0], as if it were
+            paired table. Without it, no change in ten clusters would give the interval [0, 0], as if it were
             no change in a million. The estimate itself is not touched.
     """
 
@@ -97,17 +98,17 @@ class ClusterBootstrap:
         self._weights: dict[tuple[str, int], NDArray[np.uint8]] = {}
 
     def ratio(self, numerator: Floats, denominator: Floats) -> Estimate:
-        """The interval of `sum(numerator) / sum(denominator)` over stories.
+        """The interval of `sum(numerator) / sum(denominator)` over clusters.
 
         Args:
             numerator: `[n_clusters]`, or `[n_clusters, n_members]` for an average over members (random
                 masks) that are drawn again as well.
-            denominator: `[n_clusters]`, how many observations each story has.
+            denominator: `[n_clusters]`, how many observations each cluster has.
         """
         return self.contrast([(numerator, denominator)])
 
     def contrast(self, terms: Sequence[tuple[Floats, Floats]]) -> Estimate:
-        """The interval of the first ratio minus the other ones, all from the same drawn stories."""
+        """The interval of the first ratio minus the other ones, all from the same drawn clusters."""
         value, draws = 0.0, np.zeros(self._n_draws)
         for sign, (index, (numerator, denominator)) in zip((1, *[-1] * (len(terms) - 1)), enumerate(terms)):
             columns = np.asarray(numerator, dtype=np.float64).reshape(self.n_clusters, -1)
@@ -134,7 +135,7 @@ class ClusterBootstrap:
         n_members = columns.shape[1]
         if n_members > 1:
             sums = sums * self._draw(n_members, "members")
-        with np.errstate(invalid="ignore"):  # a draw may hold no story that asks this: it is left out
+        with np.errstate(invalid="ignore"):  # a draw may hold none that asks this: it is left out
             return sums.mean(1) / totals
 
     def _draw(self, n: int, what: Literal["clusters", "members"]) -> NDArray[np.uint8]:

@@ -5,8 +5,8 @@
 
 A point's key is a digest of exactly that, so a point that was measured before (a mask that two arms share,
 an interrupted run) is recognised by its content and never by its place in a sweep. Measures turn right and
-wrong answers into counts by story, which accuracies, paired accuracies and the bootstrap by story are all
-computed from.
+wrong answers into counts by group of stories (twins are one group, other stories stand alone), which
+accuracies, paired accuracies and the bootstrap by group are all computed from.
 """
 
 from __future__ import annotations
@@ -132,22 +132,27 @@ def _read(record: Mapping[str, Any]) -> Point:
 
 
 class Measures:
-    """Counts by story of each category and of paired accuracy.
+    """Counts by group of stories, of each category and of paired accuracy.
 
     Attributes:
         names: the categories that are asked about, in their usual order, and "paired" if there is a story
             for it.
-        totals: for each name the observations of each story, `[stories]`.
+        totals: for each name the observations of each group, `[groups]`.
         n_stories: number of stories.
+        n_groups: number of groups.
     """
 
     def __init__(self, scoring: PreparedScoring) -> None:
         questions = scoring.questions
+        import pandas as pd
+
         n = len(questions)
-        story_ids = questions.story_id.drop_duplicates()
-        place = {story_id: index for index, story_id in enumerate(story_ids)}
-        self.n_stories = len(place)
+        stories = questions.drop_duplicates("story_id")
+        place = {story_id: index for index, story_id in enumerate(stories.story_id)}
         self._story = questions.story_id.map(place).to_numpy()
+        groups, _ = pd.factorize(stories.group)
+        self._group = groups
+        self.n_stories, self.n_groups = len(place), len(set(groups))
         self._selected: dict[str, NDArray[np.bool_]] = {
             name: (questions.category == name).to_numpy()
             for name in CATEGORIES
@@ -157,30 +162,32 @@ class Measures:
         paired = tabulate(scoring, nothing).paired_stories()
         self._first_order = ((questions.kind == "belief") & (questions.order == 1)).to_numpy()
         self.totals: dict[str, NDArray[np.float64]] = {
-            name: self._count(selected) for name, selected in self._selected.items()
+            name: self._by_group(self._by_story(selected)) for name, selected in self._selected.items()
         }
+        self._tells_apart = np.zeros(self.n_stories)
         if paired.tells_apart.any():
-            tells_apart = np.zeros(self.n_stories)
-            tells_apart[paired.story_id[paired.tells_apart].map(place).to_numpy()] = 1.0
-            self.totals["paired"] = tells_apart
+            self._tells_apart[paired.story_id[paired.tells_apart].map(place).to_numpy()] = 1.0
+            self.totals["paired"] = self._by_group(self._tells_apart)
         self.names = tuple(self.totals)
 
     def counts(self, correct: NDArray[Any], name: str) -> NDArray[np.float64]:
-        """Right answers by story: `[questions]` to `[stories]`, `[arms, questions]` to `[stories, arms]`."""
+        """Right answers by group: `[questions]` to `[groups]`, `[arms, questions]` to `[groups, arms]`."""
         if correct.ndim == 2:
             return np.stack([self.counts(row, name) for row in correct], axis=1)
         if name == "paired":
-            wrong = self._count(self._first_order & ~correct)
-            return self.totals["paired"] * (wrong == 0)
-        return self._count(self._selected[name] & correct)
+            wrong = self._by_story(self._first_order & ~correct)
+            return self._by_group(self._tells_apart * (wrong == 0))
+        return self._by_group(self._by_story(self._selected[name] & correct))
 
     def accuracy(self, correct: NDArray[np.bool_], name: str) -> float:
         """Share of right answers, of all questions or stories of one measure."""
         return float(self.counts(correct, name).sum() / self.totals[name].sum())
 
-    def _count(self, flags: NDArray[np.bool_]) -> NDArray[np.float64]:
-        counted = np.bincount(self._story, weights=flags, minlength=self.n_stories)
-        return counted.astype(np.float64)
+    def _by_story(self, flags: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return np.bincount(self._story, weights=flags, minlength=self.n_stories).astype(np.float64)
+
+    def _by_group(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(self._group, weights=counts, minlength=self.n_groups).astype(np.float64)
 
 
 def check_split(stories: Iterable[Story], refused: Collection[str], why: str) -> None:

@@ -169,6 +169,7 @@ def _answer_first(story: Story, question: Question) -> tuple[str, ...]:
 def _describe(story: Story, index: int, question: Question) -> dict[str, Any]:
     return {
         "story_id": story.id,
+        "group": story.group or story.id,
         "scenario": story.scenario,
         "condition": story.condition,
         "protagonist": story.protagonist,

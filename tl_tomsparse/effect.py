@@ -5,12 +5,12 @@
     contrast     change of false belief - change of true belief
     perplexity   exp((NLL after - NLL before) / tokens), the ratio of two perplexities
 
-Accuracies have exact binomial intervals. Changes are paired by question; their intervals draw whole stories
-again, and for the mean of random masks the masks as well. [`verdict`][tl_tomsparse.verdict.verdict] reads
-claims off these numbers.
+Accuracies have exact binomial intervals. Changes are paired by question; their intervals draw whole groups of
+stories again (twins, which are one story with two objects in exchanged roles, are one group), and for the
+mean of random masks the masks as well. [`verdict`][tl_tomsparse.verdict.verdict] reads claims off these
+numbers.
 
-NOT claimed: independence of stories that one generator made. Twins (the same story with two objects in
-exchanged roles) count as two, so intervals are somewhat narrow for "stories in general".
+NOT claimed: that stories which one generator made stand for stories in general.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def effect(
         operator: what masked entries become: "mean" of the matrix's unmasked entries, or "zero".
         accuracy_margin: a change smaller than this share of the questions counts as none.
         perplexity_margin: a ratio of perplexities between 1 / (1 + this) and 1 + this counts as none.
-        n_draws: how often stories are drawn again.
+        n_draws: how often groups of stories are drawn again.
         prepend_bos: begin every prompt with the BOS token.
         batch_tokens: most tokens in one batch; by default chosen for the device.
         on_point: called with a JSON-able record of each point as soon as it is measured.
@@ -167,6 +167,7 @@ def assemble(
     counted = {
         "confidence": CONFIDENCE,
         "n_stories": tables.measures.n_stories,
+        "n_groups": tables.measures.n_groups,
         "n_text_samples": len(text.ids),
         "n_text_tokens": int(text.n_tokens.sum()),
     }
@@ -194,7 +195,7 @@ class _Tables:
         self.scoring, self.text, self.points, self.meta = scoring, text, points, meta
         self.measures = Measures(scoring)
         seed, n_draws = meta["seed"], meta["n_draws"]
-        self._by_story = ClusterBootstrap(self.measures.n_stories, n_draws=n_draws, seed=seed)
+        self._by_group = ClusterBootstrap(self.measures.n_groups, n_draws=n_draws, seed=seed)
         # Losses are continuous, so "no change in any" means no change: nothing to smooth.
         self._by_sample = ClusterBootstrap(len(text.ids), n_draws=n_draws, seed=seed, smooth=False)
         self._counts = {
@@ -269,10 +270,10 @@ class _Tables:
         rows: list[dict[str, Any]] = []
         for arm, other in pairs:
             changes = {name: self._change(arm, other, name) for name in self.measures.names}
-            estimates = {name: self._by_story.ratio(*change) for name, change in changes.items()}
+            estimates = {name: self._by_group.ratio(*change) for name, change in changes.items()}
             if {"false_belief", "true_belief"} <= changes.keys():
                 terms = [changes["false_belief"], changes["true_belief"]]
-                estimates[CONTRAST] = self._by_story.contrast(terms)
+                estimates[CONTRAST] = self._by_group.contrast(terms)
             for name, estimate in estimates.items():
                 rows.append({"comparison": f"{arm} - {other}", **self._row(name, estimate)})
         return pd.DataFrame(rows)

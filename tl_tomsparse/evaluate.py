@@ -49,11 +49,11 @@ class StoryScores:
     """Answers of a model to the questions of some stories.
 
     Attributes:
-        frame: one row a question, in the order of the stories: story_id, scenario, condition, protagonist,
-            split, wording, question (its index in the story), category, kind, order, form, agents
-            (outermost first, joined by ", "), answer, n_options, chosen (what the model prefers), correct,
-            logprob_answer (nats), margin (nats: the answer's score minus the best other option's; right
-            means above 0).
+        frame: one row a question, in the order of the stories: story_id, group (of stories drawn together),
+            scenario, condition, protagonist, split, wording, question (its index in the story), category,
+            kind, order, form, agents (outermost first, joined by ", "), answer, n_options, chosen (what the
+            model prefers), correct, logprob_answer (nats), margin (nats: the answer's score minus the best
+            other option's; right means above 0).
         prepend_bos: whether prompts began with the BOS token.
         normalise: "none" for summed log-probabilities, "tokens" for their mean over the option's tokens.
     """

@@ -2,7 +2,7 @@
 
 Half of the stories are false-belief ones, the controls share the other half: over the protagonists' belief
 questions the answer is reality as often as not. Stories come in twins (2k and 2k + 1) that differ only in
-that the two objects change roles.
+that the two objects change roles; both have the id of the even one as their `group`.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def generate_stories(
         rounds=rounds,
         distractors=distractors,
     )
+    prefix = f"{split}-{seed}-{'' if wording == 'seen' else 'new-'}"
     return [
         Story(
-            id=f"{split}-{seed}-{'' if wording == 'seen' else 'new-'}{i:05d}",
+            id=f"{prefix}{i:05d}",
             scenario=scene.scenario,
             condition=scene.condition,
             protagonist=scene.protagonist,
@@ -89,6 +90,7 @@ def generate_stories(
             text=" ".join(scene.sentences),
             agents=tuple(scene.agents),
             questions=tuple(_questions(scene, forms, second_order)),
+            group=f"{prefix}{i - i % 2:05d}",
         )
         for i, scene in enumerate(scenes)
     ]

@@ -71,6 +71,7 @@ class Story:
         text: the story itself, sentences separated by single spaces.
         agents: everybody in it, in order of first mention.
         questions: at least one.
+        group: the same for stories that are drawn together, such as twins; empty for one that stands alone.
     """
 
     id: str
@@ -82,6 +83,7 @@ class Story:
     text: str
     agents: tuple[str, ...]
     questions: tuple[Question, ...]
+    group: str = ""
 
     def prompt(self, question: Question) -> str:
         """The story followed by the question: what the model reads before the answer."""
