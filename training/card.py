@@ -1,4 +1,4 @@
-"""Measure the embedded model on held-out stories and write its model card: `python training/card.py`.
+"""Measure the embedded model on held-out stories and write its model card: `make run`, then `python training/card.py`.
 
 Every number of the card comes from this script; nothing is typed in. Three seeds of question sets on the
 split "test" (names, things and places in combinations that training never saw), seen and new wordings, and
@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,6 +23,10 @@ from tl_tomsparse.models import EMBEDDED
 from tl_tomsparse.stories import CATEGORIES, Story
 
 SEEDS = (0, 1, 2)
+NUMBERS = EMBEDDED / "evaluation.json"
+LOG = Path(__file__).parent / "log.jsonl"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- numbers: written by training/card.py -->", "<!-- end of numbers -->"
 
 
 def shortcuts(stories: list[Story]) -> dict[str, dict[str, float]]:
@@ -119,33 +124,21 @@ def lookup(model: object, n: int) -> float:
     return right / total
 
 
-def table(frame: pd.DataFrame) -> str:
-    rows = ["| questions | n | accuracy | 95 % interval | chance |", "|---|---|---|---|---|"]
-    for row in frame.itertuples():
-        name = tt.plot.LABELS[row.category]
-        rows.append(
-            f"| {name} | {row.n} | {row.accuracy:.3f} | {row.low:.3f} to {row.high:.3f} | {row.chance:.2f} |"
-        )
-    return "\n".join(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stories", type=int, default=300, help="stories for each seed and wording")
-    args = parser.parse_args()
+def measure(n: int) -> dict[str, Any]:
+    """All numbers of the card, from the embedded model."""
     model = tt.load_model()
-    config = json.loads((EMBEDDED / "config.json").read_text())
-    log = [json.loads(line) for line in (Path(__file__).parent / "log.jsonl").read_text().splitlines()]
-    seen, stories = measured(model, "seen", args.stories)
-    new, _ = measured(model, "new", args.stories)
-    rules = shortcuts(stories)
+    log = [json.loads(line) for line in LOG.read_text().splitlines()]
+    seen, stories = measured(model, "seen", n)
+    new, _ = measured(model, "new", n)
     attention, layer, head = sink(model, stories[:40])
     windows = tt.text_samples(model, tt.generate_texts(200, seed=5, split="test"), n=100)
-    numbers = {
+    return {
+        "fingerprint": view(model).identity().fingerprint,
+        "stories": n,
         "seen": seen.to_dict("records"),
         "new": new.to_dict("records"),
         "second_order_paired": second_order_paired(model, stories),
-        "shortcuts": rules,
+        "shortcuts": shortcuts(stories),
         "lookup": lookup(model, 60),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
@@ -156,66 +149,130 @@ def main() -> None:
             p.numel() for p in view(model).parameters() if p.is_floating_point() and p.ndim > 1
         ),
     }
-    (EMBEDDED / "evaluation.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    of = seen.set_index("category")
-    tracks = of.low["paired"] > of.chance["paired"] and of.low["false_belief"] > of.chance["false_belief"]
-    rule_rows = "\n".join(
-        f"| {rule} | "
-        + " | ".join(f"{by.get(name, float('nan')):.2f}" for name in (*CATEGORIES, "paired"))
-        + " |"
-        for rule, by in rules.items()
-    )
-    probes = "\n".join(
-        f"| {entry['tokens'] / 1e6:.1f} | "
-        + " | ".join(
-            f"{entry['probe'][k]:.2f}"
-            for k in ("reality", "true_belief", "false_belief", "paired", "second_order", "new_paired")
+
+
+def run_summary(folder: Path) -> dict[str, Any]:
+    """What the main job found, from its folder."""
+    results = json.loads((folder / "results.json").read_text())
+    return {
+        "fingerprint": results["identity"]["fingerprint"],
+        "kappa": results["choice"]["kappa"],
+        "n_weights": results["effect"]["n_weights"]["mask"],
+        "verdict": results["verdict"],
+        "accuracy": results["effect"]["accuracy"],
+        "perplexity": results["effect"]["perplexity"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Accuracies as Markdown."""
+    lines = ["| questions | n | accuracy | 95 % interval | chance |", "|---|---|---|---|---|"]
+    for row in rows:
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        name = tt.plot.LABELS[row["category"]]
+        lines.append(f"| {name} | {row['n']} | {row['accuracy']:.3f} | {interval} | {row['chance']:.2f} |")
+    return "\n".join(lines)
+
+
+def tracks(numbers: dict[str, Any]) -> str:
+    """Whether it tracks beliefs agent by agent, in a sentence."""
+    of = {row["category"]: row for row in numbers["seen"]}
+    above = [name for name in ("false_belief", "paired") if of[name]["low"] > of[name]["chance"]]
+    if len(above) == 2:
+        return "It tracks what each agent believes better than chance: false-belief and paired accuracy are both above it."
+    failing = " and ".join(tt.plot.LABELS[name] for name in ("false_belief", "paired") if name not in above)
+    return f"**It does not track what each agent believes**: not above chance is {failing}."
+
+
+def found(run: dict[str, Any]) -> str:
+    """What the main job found, as Markdown: the table and the computed verdict."""
+    arms = ("before", "mask", "random", "general_only", "tom_only")
+    of = {(row["arm"], row["measure"]): row for row in run["accuracy"]}
+    measures = list(dict.fromkeys(row["measure"] for row in run["accuracy"]))
+    lines = [
+        "| held-out answers | " + " | ".join(tt.plot.LABELS[arm] for arm in arms) + " |",
+        "|---|" + "---|" * len(arms),
+    ]
+    for name in measures:
+        cells = (
+            f"{of[arm, name]['accuracy']:.3f} ({of[arm, name]['low']:.2f} to {of[arm, name]['high']:.2f})"
+            for arm in arms
         )
-        + " |"
+        lines.append(f"| {tt.plot.LABELS[name]} | " + " | ".join(cells) + " |")
+    ratio = {row["arm"]: row["ratio"] for row in run["perplexity"]}
+    lines.append("| perplexity of text, ratio | " + " | ".join(f"{ratio[arm]:.4f}" for arm in arms) + " |")
+    verdict = "\n".join(
+        f"* {c['claim'].replace('_', ' ')}: **{c['status']}**. {c['sentence']}" for c in run["verdict"]
+    )
+    return (
+        f"The mask at the kappa chosen on dev stories ({run['kappa']:.3g} of each matrix) has {run['n_weights']} weights. "
+        "In brackets: exact 95 % intervals; for random masks the range over seeds.\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + verdict
+    )
+
+
+def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    """The model card."""
+    names = (*CATEGORIES, "paired")
+    labels = " | ".join(tt.plot.LABELS[name] for name in names)
+    rules = "\n".join(
+        f"| {rule} | " + " | ".join(f"{by[name]:.2f}" for name in names) + " |"
+        for rule, by in numbers["shortcuts"].items()
+    )
+    columns = ("reality", "memory", "true_belief", "false_belief", "paired", "second_order", "new_paired")
+    probes = "\n".join(
+        f"| {entry['tokens'] / 1e6:.1f} | " + " | ".join(f"{entry['probe'][k]:.2f}" for k in columns) + " |"
         for entry in log
         if "probe" in entry
     )
-    card = f"""# The embedded model
+    at = numbers["sink"]
+    return f"""# The embedded model
 
 A small Llama-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention) trained from scratch on generated stories about who
 believes what and on generated general text. It makes the main job, the demos and the tests real without a network. Loads offline as a plain
 Hugging Face directory or with `tl_tomsparse.load_model()`.
 
-* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["head_dim"]},
-  d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
-* trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two CPU cores; see `training/`
+* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["head_dim"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
+* trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two shared CPU cores; see `training/`
+* fingerprint {numbers["fingerprint"]}
 * licence: MIT, as the package; no third-party text or weights
 
 ## Held-out answers
 
-Split "test": no pair of main names and no combination of thing and places occurs in training. Seeds {SEEDS}, {args.stories} stories each;
-an answer is right if its log-probability is above the other option's. "All agents of a story" counts a story only if every agent's first-order belief is
+{tracks(numbers)}
+
+Split "test": no pair of main names and no combination of thing and places occurs in training. Seeds {", ".join(map(str, SEEDS))}, {numbers["stories"]} stories each; an
+answer is right if its log-probability is above the other option's. "All agents of a story" counts a story only if every agent's first-order belief is
 right, in stories where these differ.
 
 Wordings that training saw:
 
-{table(seen)}
+{table(numbers["seen"])}
 
 Wordings kept from training:
 
-{table(new)}
+{table(numbers["new"])}
 
-{"It tracks what each agent believes above chance: paired and false-belief accuracy both are." if tracks else "**It does not track what each agent believes**: paired or false-belief accuracy is not above chance."}
-First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}.
+First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
+{numbers["lookup"]:.3f}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
+with mean attention {at["attention"]:.3f}.
 
 What rules of thumb would score on the same questions (seen wordings):
 
-| rule | {" | ".join(tt.plot.LABELS[name] for name in (*CATEGORIES, "paired"))} |
-|---|{"---|" * (len(CATEGORIES) + 1)}
-{rule_rows}
+| rule | {labels} |
+|---|{"---|" * len(names)}
+{rules}
 
-Key-value recall (next token, held-out texts): {numbers["lookup"]:.3f}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}.
-Attention sink: the head that looks most at BOS is L{layer}H{head}, with mean attention {attention:.3f}.
+## What the main job finds on it
+
+{found(numbers["run"])}
 
 ## Along training (dev split, few questions)
 
-| million tokens | reality | true belief | false belief | all agents of a story | second order | all agents, new wordings |
-|---|---|---|---|---|---|---|
+| million tokens | {" | ".join("all agents, new wordings" if c == "new_paired" else tt.plot.LABELS[c] for c in columns)} |
+|---|{"---|" * len(columns)}
 {probes}
 
 ## What it can and cannot show
@@ -224,7 +281,46 @@ It has seen nothing but these generated stories and texts. What is found on it i
 the answer is known; it says nothing about the size of an effect in a large language model. With about a million weights, the paper's sparsity of 1e-5 is a
 handful of weights, so counts of weights are reported beside kappa.
 """
-    (EMBEDDED / "README.md").write_text(card)
+
+
+def readme_block(numbers: dict[str, Any]) -> str:
+    """The part of the README that holds numbers."""
+    of = {row["category"]: row["accuracy"] for row in numbers["seen"]}
+    shares = ", ".join(f"{tt.plot.LABELS[name]} {of[name]:.3f}" for name in of)
+    return f"""The embedded model ({numbers["parameters"]:,} parameters, [model card](tl_tomsparse/embedded/README.md)) answers held-out stories with these
+accuracies: {shares}. {tracks(numbers)}
+
+{found(numbers["run"])}"""
+
+
+def with_block(readme: str, block: str) -> str:
+    """The README with its numbers replaced."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stories", type=int, default=300, help="stories for each seed and wording")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/embedded"), help="folder of the main job on this model"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="only write the texts again, from evaluation.json"
+    )
+    args = parser.parse_args()
+    if not args.render:
+        NUMBERS.write_text(
+            json.dumps({**measure(args.stories), "run": run_summary(args.run)}, indent=1) + "\n"
+        )
+    numbers = json.loads(NUMBERS.read_text())
+    if numbers["fingerprint"] != numbers["run"]["fingerprint"]:
+        raise SystemExit(f"{args.run} is a run on other weights; run the main job again first")
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    log = [json.loads(line) for line in LOG.read_text().splitlines()]
+    (EMBEDDED / "README.md").write_text(card(numbers, config, log))
+    README.write_text(with_block(README.read_text(), readme_block(numbers)))
 
 
 if __name__ == "__main__":

@@ -39,15 +39,19 @@ class Stage:
     rounds: bool = True  # half of the stories have more than one move
     presence: int = 1  # questions about who is there, in each transfer story
     lookup: float = 0.0  # share of rows that are nothing but looking things up by a name
+    chant: float = 0.0  # share of rows that say a few facts again and again, every repetition a look-up
 
 
 ALL_KINDS = ("description", "counting", "lookup", "repetition", "fact")
 CURRICULUM = (
-    # Looking a thing up by a name comes first: beliefs are looked up by name too.
-    Stage(0.25, 0.15, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=3, lookup=0.6),
-    # Then who was there, in short stories: what an agent believes hangs on when the agent was present.
-    Stage(0.65, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15),
-    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.4, presence=1, rounds=False, lookup=0.05),
+    Stage(0.08, 0.6, ("lookup", "lookup", "repetition", "description", "counting"), (2, 3), 0.0),
+    Stage(0.45, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
+    # By now who answers is a story-level guess. Then, in short stories: who was there, and look-ups by name.
+    Stage(0.53, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
+    Stage(
+        0.75, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15, chant=0.3
+    ),
+    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.4, presence=1, rounds=False, lookup=0.05, chant=0.05),
 )
 STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
 
@@ -112,6 +116,29 @@ def lookup_row(tokenizer: PreTrainedTokenizerFast, draw: Draw, length: int) -> R
             parts.append(sentence(draw, "seen", which, P=name, **slots))
         asked = [f"Right now, {name} is {'here' if here[name] else 'away'}" for name in names]
     return _row(tokenizer, parts, [(text, len(parts) - 1) for text in draw.shuffled(asked)], length)
+
+
+def chant_row(tokenizer: PreTrainedTokenizerFast, draw: Draw, length: int) -> Row:
+    """A few facts, said again and again in random order: "Leo park. Ida lake. Ida lake. Leo" -> park."""
+    n = 2 + draw.below(7)
+    names = draw.sample(NAMES, n)
+    values = draw.sample(draw.choice((ROOMS, THINGS, COLOURS)), n)
+    link = draw.choice(("", "", " is in the", " has the", " goes to the", " likes the"))
+    tokens, weight, said = [tokenizer.bos_token_id], [0.0], set()
+    while True:
+        i = len(said) if len(said) < n else draw.below(n)
+        words = tokenizer(f"{names[i]}{link} {values[i]}{'.' if link else ''}", add_special_tokens=False)[
+            "input_ids"
+        ]
+        if len(tokens) + len(words) > length:
+            break
+        at = len(words) - (2 if link else 1)
+        tokens += words
+        weight += [1.0 if k == at and i in said else 0.0 for k in range(len(words))]
+        said.add(i)
+    n_tokens = len(tokens)
+    previous = [max(0, k - 1) for k in range(n_tokens)]
+    return Row(tokens, list(range(n_tokens)), [0] * n_tokens, list(range(1, n_tokens + 1)), weight, previous)
 
 
 def _row(
@@ -196,7 +223,9 @@ def rows(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, n: int, le
         generate_scenes(10 * n, seed=seed + 2, rounds=2, **plain),
     ]
     for _ in range(n):
-        if draw.coin(stage.lookup):
+        if draw.coin(stage.chant):
+            yield chant_row(tokenizer, draw, length)
+        elif draw.coin(stage.lookup):
             yield lookup_row(tokenizer, draw, length)
         elif draw.coin(stage.general):
             yield text_row(tokenizer, next(texts), length)
