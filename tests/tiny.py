@@ -7,6 +7,8 @@ forgotten bias or scale changes numbers that the tests look at.
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -163,3 +165,13 @@ def story(index: int = 0) -> Story:
         agents=(name, other),
         questions=questions,
     )
+
+
+@functools.cache
+def long_directory(kind: str = "llama") -> Path:
+    """The model of `directory`, with a context that generated stories fit into."""
+    path = folder() / f"{kind}-long"
+    shutil.copytree(directory(kind), path)
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 1024}))
+    return path

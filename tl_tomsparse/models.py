@@ -93,7 +93,9 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise TomsparseError(f"device={str(device)!r} cannot be used here: {_first_line(error)}") from error
+        raise TomsparseError(
+            f"device={str(device)!r} cannot be used here: {_first_line(error)}; try 'cpu'."
+        ) from error
     return where
 
 

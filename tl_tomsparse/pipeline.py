@@ -234,7 +234,9 @@ def _material(model: Any, settings: RunSettings) -> _Material:
         try:
             return text_samples(model, texts[part], n=n, length=settings.length, prepend_bos=bos, seed=seed)
         except TomsparseError as error:
-            raise TomsparseError(f"The {part} part of the general text: {error}") from None
+            raise TomsparseError(
+                f"The {part} part of the general text: {error} (--text, --windows, --length)"
+            ) from None
 
     false_belief = generate_stories(settings.stories, seed=seed, split="train", conditions=("false_belief",))
     tom = story_samples(model, false_belief, prepend_bos=bos)
@@ -305,6 +307,7 @@ def _facts(model: Any, settings: RunSettings, material: _Material, command: str)
             parameter.numel() for parameter in model_view.parameters() if parameter.is_floating_point()
         ),
         "samples": material.digest,
+        "bos_token": model_view.tokenizer.bos_token if settings.prepend_bos else None,
         "device": str(model_view.device),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
     }

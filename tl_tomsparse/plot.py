@@ -8,6 +8,7 @@ the hover.
 from __future__ import annotations
 
 import math
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
@@ -79,6 +80,7 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
             go.Scatter(
                 x=steps + steps[::-1],
                 y=[*band.high, *band.low[::-1]],
+                mode="lines",
                 fill="toself",
                 fillcolor="rgba(127,140,141,0.25)",
                 line={"width": 0},
@@ -142,7 +144,7 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
     figure.update_yaxes(
         title="perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], row=2, col=1
     )
-    _finish(figure, height=680)
+    _finish(figure, height=680).update_layout(legend_traceorder="reversed")
     top = figure.layout.yaxis2.domain[1]
     return figure.update_layout(legend2={**_legend(), "y": top + 0.01})
 
@@ -186,7 +188,7 @@ def accuracy(effect: Effect) -> go.Figure:
         chance = before.chance[measure]
         line = {"dash": "dot", "color": _GREY}
         figure.add_shape(type="line", x0=i - 0.42, x1=i + 0.42, y0=chance, y1=chance, line=line)
-    names = [LABELS[measure].replace(" ", "<br>", 1) for measure in measures]
+    names = ["<br>".join(wrap(LABELS[measure], 11)) for measure in measures]
     figure.update_xaxes(tickvals=list(range(len(measures))), ticktext=names)
     figure.update_yaxes(title="accuracy (held-out stories)", range=[-0.03, 1.03])
     return _finish(figure, height=470)
@@ -194,6 +196,8 @@ def accuracy(effect: Effect) -> go.Figure:
 
 def mask_places(mask: SparseMask) -> go.Figure:
     """Where the masked weights lie: entries in each layer and head, and in each layer of the MLP's matrices.
+
+    One range of colours for all heads (the bar is theirs), another one for MLP matrices, which show numbers.
 
     Raises:
         TomsparseError: an empty mask.
@@ -216,11 +220,16 @@ def mask_places(mask: SparseMask) -> go.Figure:
         shared_yaxes=True, horizontal_spacing=0.04,
         vertical_spacing=min(0.3, 90 / (cell * len(layers) * n_rows)),
     )  # fmt: skip
-    top = max(max(max(row) for row in rows) for rows in panels.values())
+    # A head holds far fewer weights than an MLP matrix, so each kind has its own range of colours.
+    tops = dict.fromkeys((True, False), 0)
+    for matrix, rows in panels.items():
+        kind = _per_head(mask, matrix)
+        tops[kind] = max(tops[kind], *(max(row) for row in rows))
     few = len(layers) * sum(widths) <= 400
     for place, (matrix, rows) in enumerate(panels.items()):
         where = {"row": 1 + place // _PANELS_A_ROW, "col": 1 + place % _PANELS_A_ROW}
         per_head = _per_head(mask, matrix)
+        top = max(1, tops[per_head])
         head = ("kv head" if matrix in "KV" else "head") if per_head else ""
         figure.add_trace(
             go.Heatmap(
@@ -232,7 +241,7 @@ def mask_places(mask: SparseMask) -> go.Figure:
                 colorscale="Viridis",
                 showscale=place == 0,
                 colorbar={"title": "weights", "tickformat": "d", "nticks": min(top + 1, 8)},
-                texttemplate="%{z}" if few else None,
+                texttemplate="%{z}" if few or not per_head else None,
                 xgap=1,
                 ygap=1,
                 hovertemplate=f"layer %{{y}}{', ' + head + ' %{x}' if head else ''}: %{{z}} weights"

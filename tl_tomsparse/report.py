@@ -115,7 +115,7 @@ class _Figures:
             full_html=False,
             include_plotlyjs=self._n == 1,
             div_id=f"figure-{self._n}",
-            config={"displaylogo": False, "responsive": True},
+            config={"displayModeBar": False, "responsive": True},
         )
         return f'<div class="scroll"><div style="min-width: {width}px">{html}</div></div>'
 
@@ -174,7 +174,9 @@ def _settings(result: RunResult) -> str:
         "general text": f"{settings.windows} windows of {settings.length} tokens (sensitivity), "
         f"{meta['n_text_samples']} held out (perplexity)",
         "controls": f"{settings.random_masks} random masks, the general-only and the ToM-only mask",
-        "BOS token": "first in every sample" if settings.prepend_bos else "none",
+        "BOS token": f"{result.facts['bos_token']}, first in every sample"
+        if settings.prepend_bos
+        else "none",
         "seed": str(settings.seed),
     }
     return _list(entries)

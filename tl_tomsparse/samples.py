@@ -300,7 +300,8 @@ def option_tokens(
     longest = len(start) + max(len(tokens) for tokens in whole)
     if longest > model_view.n_ctx:
         raise TomsparseError(
-            f"{name} has {longest} tokens and {model_view.name} reads {model_view.n_ctx}; use shorter texts."
+            f"{name} has {longest} tokens and {model_view.name} reads {model_view.n_ctx}; use shorter texts "
+            "or a model with a longer context."
         )
     return start + common, continuations
 
@@ -311,7 +312,9 @@ def _bos(model_view: ModelView, prepend_bos: bool) -> list[int]:
     if not prepend_bos:
         return []
     if model_view.bos_token_id is None:
-        raise TomsparseError(f"{model_view.name}'s tokenizer has no BOS token; pass prepend_bos=False.")
+        raise TomsparseError(
+            f"{model_view.name}'s tokenizer has no BOS token; pass prepend_bos=False (--no-bos)."
+        )
     return [int(model_view.bos_token_id)]
 
 
