@@ -45,13 +45,11 @@ class Stage:
 ALL_KINDS = ("description", "counting", "lookup", "repetition", "fact")
 CURRICULUM = (
     Stage(0.08, 0.6, ("lookup", "lookup", "repetition", "description", "counting"), (2, 3), 0.0),
-    Stage(0.45, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
-    # By now who answers is a story-level guess. Then, in short stories: who was there, and look-ups by name.
-    Stage(0.53, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
-    Stage(
-        0.75, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15, chant=0.3
-    ),
-    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.4, presence=1, rounds=False, lookup=0.05, chant=0.05),
+    Stage(0.49, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
+    # By now answers are guesses by the kind of story. Short stories, who was there, look-ups by name.
+    Stage(0.60, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
+    Stage(0.65, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15, chant=0.3),
+    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.3, presence=1, rounds=False, lookup=0.05),
 )
 STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
 

@@ -1,4 +1,4 @@
-"""Train the embedded model: `python training/train.py --minutes 100 --out training/runs/main`.
+"""Train the embedded model: `python training/train.py --out training/runs/main`.
 
 Seeded, resumable (run the same command again), logs to `log.jsonl`, checkpoints weights and optimiser every
 few minutes. The learning rate warms up, stays, and decays over the last fifth of the budget; the curriculum
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=50.0,
+        default=72.0,
         help="budget of training time; resumed runs count what they used",
     )
     parser.add_argument("--batch", type=int, default=24)
