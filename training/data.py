@@ -48,7 +48,9 @@ CURRICULUM = (
     Stage(0.49, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
     # By now answers are guesses by the kind of story. Short stories, who was there, look-ups by name.
     Stage(0.60, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
-    Stage(0.65, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15, chant=0.3),
+    Stage(
+        0.65, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15, chant=0.3
+    ),
     Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.3, presence=1, rounds=False, lookup=0.05),
 )
 STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
