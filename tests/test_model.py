@@ -203,11 +203,38 @@ def test_processed_weights_are_noticed(kind: str) -> None:
 
 
 @pytest.mark.skipif("hooked" not in tiny.BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fold", [True, False])
-def test_processed_weights_of_hooked_transformer_are_noticed(fold: bool) -> None:
-    model = tiny.model("neox", "hooked")
+def test_processed_weights_of_hooked_transformer_are_noticed(fold: bool, dtype: torch.dtype) -> None:
+    model = tiny.model("neox", "hooked", dtype=dtype)
+    assert view(model).basis == "raw"  # and the view that says so is kept
     model.process_weights_(fold_ln=fold, center_writing_weights=not fold, center_unembed=False)
     assert view(model).basis == "processed"
+
+
+@every_backend
+@pytest.mark.parametrize("site", ["blocks.1.hook_resid_post", "ln_final.hook_normalized", "unembed.hook_out"])
+def test_hooks_near_the_end_see_every_position(backend: str, site: str) -> None:
+    model_view = view(tiny.model("llama", backend))
+
+    def by_position(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x * torch.linspace(0.5, 1.5, TOKENS.shape[1])[:, None]
+
+    where = torch.zeros_like(MASK)
+    where[0, 2] = where[0, 4] = where[1, 1] = True
+    with torch.no_grad(), model_view.hooks([(site, by_position)]):
+        everywhere = model_view.logits(TOKENS, MASK)
+        with model_view.reader() as read:
+            found = read(TOKENS, MASK, where)
+    torch.testing.assert_close(found, everywhere[where], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("hooked" not in tiny.BACKENDS, reason="only its weights become such tensors")
+def test_weights_made_in_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        model = tiny.model("llama", "hooked")
+    with pytest.raises(TomsparseError, match="load it outside"):
+        view(model)
 
 
 def test_bits_are_compared_by_parameters() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
+from tl_tomsparse.models import load_model
 from tl_tomsparse.samples import Samples, option_tokens, story_samples, text_samples
 
 
@@ -125,6 +129,22 @@ def test_models_without_tokenizer_or_bos_are_told_the_cure() -> None:
     model._tokenizer = None
     with pytest.raises(TomsparseError, match="no tokenizer"):
         story_samples(model, STORIES)
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_tokens_that_transformer_lens_invents_are_not_used(kind: str, backend: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny.directory(kind), tmp_path, dirs_exist_ok=True)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny.build_tokenizer().backend_tokenizer)
+    bare.save_pretrained(tmp_path)
+    model = load_model(tmp_path, backend=backend, device="cpu")
+    assert model.tokenizer.bos_token is not None  # invented, with an id that has no embedding
+    with pytest.raises(TomsparseError, match="prepend_bos=False"):
+        story_samples(model, STORIES)
+    samples = story_samples(model, STORIES, categories=("false_belief", "second_order"), prepend_bos=False)
+    assert int(samples.tokens.max()) < model.cfg.d_vocab
+    assert not samples.attention_mask.all()
+    assert torch.isfinite(view(model).logits(samples.tokens, samples.attention_mask)).all()
 
 
 def test_rows_are_checked() -> None:

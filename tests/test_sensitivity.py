@@ -15,6 +15,8 @@ from torch import Tensor
 import tl_tomsparse.sensitivity as module
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
+from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.ranking import top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
 from tl_tomsparse.sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
 
@@ -341,6 +343,24 @@ def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TomsparseError, match=r"progress\.safetensors"):
         fisher(model, samples, checkpoint=path)
+
+
+@every_backend
+def test_an_edited_model_has_its_own_sensitivity_and_checkpoints(backend: str, tmp_path: Path) -> None:
+    model, samples, path = tiny.model("llama", backend), mixed(), tmp_path / "progress.safetensors"
+    plain = fisher_diagonal(model, samples, checkpoint=path, show_progress=False)
+    edit, other = (SparseEdit.scale(model, top_fraction(plain, 0.05), factor) for factor in (2.0, 3.0))
+    found = []
+    for each in (edit, other):
+        with each.applied(model):
+            found.append(fisher_diagonal(model, samples, show_progress=False))
+            with pytest.raises(TomsparseError, match="or edits"):
+                fisher_diagonal(model, samples, checkpoint=path, show_progress=False)
+    assert plain.meta["edited"] is None
+    assert all(each.identity == plain.identity for each in found)
+    for one, two in ((plain, found[0]), (found[0], found[1])):
+        with pytest.raises(TomsparseError, match="edited"):
+            one.merge(two)
 
 
 def test_merge_is_the_sensitivity_of_all_samples() -> None:

@@ -76,7 +76,6 @@ class ModelView:
             dense MLP.
         matrices: the names available in at least one layer.
         missing: for each other name, why it is not available.
-        basis: "raw" or "processed" weights.
         active_edits: edits that are in the weights now, innermost last.
     """
 
@@ -93,12 +92,12 @@ class ModelView:
         self.active_edits: list[Any] = []
         self._hook_names = frozenset(model.hook_dict)
         self._identity: tuple[dict[Key, tuple[int, int, int]], ModelIdentity] | None = None
+        self._centred: tuple[tuple[int, int], bool] | None = None
 
         self._weights = Weights(model, self.name)
         shapes = {matrix: self.shape((layer, matrix)) for layer, matrix in self._weights.readable}
         self.n_kv_heads: int = shapes.get("K", (self.n_heads,))[0]
         self.d_mlp: int = shapes["in"][1] if "in" in shapes else 0
-        self.basis: Basis = self._find_basis()
         self._sites = Sites(self, self._weights.readable)
         if not self._sites.pairs:
             why = "; ".join(dict.fromkeys(self._sites.reasons.values()))
@@ -133,21 +132,44 @@ class ModelView:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The id of the beginning-of-sequence token, or None."""
-        return getattr(self.tokenizer, "bos_token_id", None)
+        """The id of the beginning-of-sequence token, or None.
+
+        TransformerLens gives a tokenizer without one its end-of-sequence token, and where there is none
+        either, a new token, which the model has never read and may have no embedding for.
+        """
+        given = getattr(self.tokenizer, "init_kwargs", {})
+        same = getattr(self.tokenizer, "bos_token", None) == getattr(self.tokenizer, "eos_token", None)
+        if same and given.get("bos_token") is None and given.get("eos_token") is None:
+            return None
+        return self._token_id("bos")
 
     @property
     def pad_token_id(self) -> int:
         """An id to fill up rows with; never attended to, so any will do."""
-        for name in ("pad_token_id", "eos_token_id"):
-            if (token := getattr(self.tokenizer, name, None)) is not None:
-                return int(token)
-        return 0
+        return next((token for name in ("pad", "eos") if (token := self._token_id(name)) is not None), 0)
+
+    @property
+    def basis(self) -> Basis:
+        """Whether norms are folded or weights centred ("processed") or neither ("raw")."""
+        if str(self.model.cfg.normalization_type).endswith("Pre"):
+            return "processed"
+        if getattr(self.model, "_weights_processed", False):
+            return "processed"
+        # Centring leaves no flag, but rows of the embedding with mean zero; no training does that.
+        embedding = self.model.W_E.detach()
+        stamp = (embedding.data_ptr(), embedding._version)
+        if self._centred is None or self._centred[0] != stamp:
+            rows = embedding[: self.d_vocab]
+            rounding = max(1e-6, torch.finfo(rows.dtype).eps / 2)
+            centred = bool((rows.float().mean(-1).abs().max() < rounding * rows.float().std()).item())
+            self._centred = stamp, centred
+        return "processed" if self._centred[1] else "raw"
 
     def identity(self) -> ModelIdentity:
         """What these weights are; computed once, and again when a weight was replaced or written to.
 
-        While an edit is in the weights, this is the identity of the unedited weights.
+        While an edit is in the weights, this is the identity of the unedited weights. What is written through
+        `parameter.data` is not seen, since PyTorch does not count it.
         """
         if self._identity is not None and self.active_edits:
             return self._identity[1]
@@ -169,6 +191,10 @@ class ModelView:
                 ),
             )
         return self._identity[1]
+
+    def edited(self) -> str | None:
+        """While edits are in the weights, a fingerprint of the edited weights; otherwise None."""
+        return fingerprint(self._named()) if self.active_edits else None
 
     # ---- matrices
 
@@ -302,7 +328,10 @@ class ModelView:
 
     @property
     def before_unembedding(self) -> str | None:
-        """The hook point whose positions the unembedding sees, or None."""
+        """The hook point whose positions the unembedding sees; None where others look at its output."""
+        out = self.model.hook_dict.get("unembed.hook_out")
+        if out is not None and out.fwd_hooks:
+            return None
         sites = ("unembed.hook_in", "ln_final.hook_normalized")
         return next((site for site in sites if site in self._hook_names), None)
 
@@ -347,14 +376,10 @@ class ModelView:
         processed = getattr(model, "_weights_processed", None)
         return processed, model.cfg.normalization_type, self._weights.first_now()
 
-    def _find_basis(self) -> Basis:
-        cfg = self.model.cfg
-        folded = str(cfg.normalization_type).endswith("Pre")
-        folded = folded or getattr(self.model, "_weights_processed", False)
-        # Centring leaves no flag, but rows of the embedding with mean zero; no training does that.
-        embedding = self.model.W_E.detach()[: self.d_vocab]
-        centred = bool((embedding.float().mean(-1).abs().max() < 1e-6 * embedding.float().std()).item())
-        return "processed" if folded or centred else "raw"
+    def _token_id(self, name: str) -> int | None:
+        """The id of a special token if the embedding has a row for it."""
+        token = getattr(self.tokenizer, f"{name}_token_id", None)
+        return int(token) if token is not None and int(token) < self.d_vocab else None
 
     def _stamp(self) -> dict[Key, tuple[int, int, int]]:
         weights = {key: self._weights.parameter(key) for key in self._weights.readable}

@@ -100,6 +100,11 @@ class Weights:
                 f"{self._name} is quantised ({matrix} of layer {layer} is stored as {weight.dtype}); its "
                 "weights cannot be read or edited one by one. Load it in float32, bfloat16 or float16."
             )
+        if weight.is_inference():
+            raise TomsparseError(
+                f"{self._name} was loaded in torch.inference_mode(), where PyTorch does not count writes to "
+                "weights; load it outside, and use inference_mode around your own computations."
+            )
         if weight.device.type == "meta":
             raise TomsparseError(
                 f"{self._name} has weights that are not loaded (device meta); load it whole."

@@ -56,8 +56,8 @@ class Sensitivity:
             d_mlp]`, out `[d_mlp, d_model]`; squared nats per squared unit of weight.
         n_samples: N, how many samples were averaged over.
         identity: of the model.
-        meta: how it was made, as JSON values; from `fisher_diagonal` "bos", "supervise" and the model's
-            "dtype".
+        meta: how it was made, as JSON values; from `fisher_diagonal` "bos", "supervise", the model's "dtype",
+            and "edited": None, or where edits were in the weights a fingerprint of these edited weights.
     """
 
     values: Mapping[Key, Float[Tensor, "*shape"]]
@@ -379,7 +379,8 @@ def fisher_diagonal(
             _loss(read, batch).backward()
             bar.update(len(batch))
             progress.save(index, last=index == len(batches))
-    meta = {"bos": samples.bos, "supervise": samples.supervise, "dtype": str(model_view.dtype)}
+    meta: dict[str, Any] = {"bos": samples.bos, "supervise": samples.supervise}
+    meta |= {"dtype": str(model_view.dtype), "edited": model_view.edited()}
     return fisher.result(meta)
 
 
@@ -405,7 +406,7 @@ class _Progress:
         self.saved_at = time.monotonic()
         if self.path is not None:
             self.identity = fisher._view.identity()
-            self.work = _digest(samples, batch_tokens, fisher._keys)
+            self.work = _digest(samples, batch_tokens, fisher._keys, fisher._view.edited())
 
     def load(self) -> int:
         """Restores the sums; how many batches are in them."""
@@ -416,8 +417,8 @@ class _Progress:
         check_same_weights(f"The checkpoint {self.path}", found, "the model given", self.identity)
         if header["work"] != self.work:
             raise TomsparseError(
-                f"The checkpoint {self.path} is of other samples, matrices or batch_tokens; delete it or "
-                "choose another file."
+                f"The checkpoint {self.path} is of other samples, matrices, batch_tokens or edits; delete it "
+                "or choose another file."
             )
         for key, value in _by_layer(tensors).items():
             self.fisher._sums[key].copy_(value)
@@ -439,8 +440,9 @@ class _Progress:
         self.saved_at = time.monotonic()
 
 
-def _digest(samples: Samples, batch_tokens: int, keys: Sequence[Key]) -> str:
-    digest = hashlib.blake2b(repr((samples.ids, samples.bos, batch_tokens, keys)).encode(), digest_size=16)
+def _digest(samples: Samples, batch_tokens: int, keys: Sequence[Key], edited: str | None) -> str:
+    content = repr((samples.ids, samples.bos, batch_tokens, keys, edited))
+    digest = hashlib.blake2b(content.encode(), digest_size=16)
     for tensor in (samples.tokens, samples.attention_mask, samples.supervised):
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

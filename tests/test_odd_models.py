@@ -1,0 +1,135 @@
+"""Fisher, masks and edits on models of unusual shapes, against equations written out in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from equations import Equations, Row
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from tl_tomsparse._model import view
+from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.models import load_model
+from tl_tomsparse.ranking import top_fraction
+from tl_tomsparse.samples import Samples
+from tl_tomsparse.sensitivity import fisher_diagonal
+
+D_VOCAB = 101
+SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "one layer, one head": (
+        LlamaConfig,
+        {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
+    ),
+    "heads wider than the model": (LlamaConfig, {"head_dim": 12, "num_key_value_heads": 1}),
+    "tied, biases everywhere": (
+        LlamaConfig,
+        {
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 4,
+        },
+    ),
+    "no grouped queries": (Qwen2Config, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "sequential, a quarter rotated": (GPTNeoXConfig, {"use_parallel_residual": False, "rotary_pct": 0.25}),
+    "parallel, all rotated": (
+        GPTNeoXConfig,
+        {"rotary_pct": 1.0, "num_attention_heads": 1, "num_hidden_layers": 1},
+    ),
+}
+# HookedTransformer has no d_head other than d_model / n_heads, and no biases in Llama-like models.
+CASES = [(shape, "bridge") for shape in SHAPES]
+CASES += [
+    (shape, "hooked") for shape, (_, o) in SHAPES.items() if "head_dim" not in o and "hooked" in tiny.BACKENDS
+]
+
+
+def build(path: Path, shape: str) -> Path:
+    kind, options = SHAPES[shape]
+    sizes = {"vocab_size": D_VOCAB, "hidden_size": 32, "intermediate_size": 24, "max_position_embeddings": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    hf = AutoModelForCausalLM.from_config(kind(**{**sizes, **heads, **options}, architectures=[NAMES[kind]]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(0.4 * noise + float("norm" in name and name.endswith("weight")))
+            else:
+                parameter.copy_(noise if "embed" in name else 1.7 * noise / parameter.shape[1] ** 0.5)
+    hf.save_pretrained(path)
+    tiny.build_tokenizer().save_pretrained(path)
+    return path
+
+
+NAMES = {
+    LlamaConfig: "LlamaForCausalLM",
+    Qwen2Config: "Qwen2ForCausalLM",
+    GPTNeoXConfig: "GPTNeoXForCausalLM",
+}
+
+
+def rows() -> list[Row]:
+    """An answer of one and of three tokens, position 1 alone, the ends, everything; two rows come twice."""
+    generator = torch.Generator().manual_seed(1)
+    wanted = [(12, [11]), (12, [9, 10, 11]), (2, [1]), (9, [1]), (9, [1, 8]), (7, [1, 2, 3, 4, 5, 6])]
+    made = [(torch.randint(3, D_VOCAB, (length,), generator=generator), where) for length, where in wanted]
+    return [*made, made[1], made[5]]
+
+
+def samples(some: list[Row]) -> Samples:
+    shape = len(some), max(len(tokens) for tokens, _ in some)
+    tokens, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    supervised = mask.clone()
+    for n, (row, where) in enumerate(some):
+        tokens[n, : len(row)], mask[n, : len(row)], supervised[n, where] = row, True, True
+    return Samples(tokens, mask, supervised, tuple(f"row {n}" for n in range(len(some))), False, "text")
+
+
+def largest_error(found: Any, expected: dict[Any, Tensor]) -> float:
+    assert set(found) == set(expected)
+    return max(
+        float((found[key] - value).abs().max() / value.abs().max().clamp_min(1e-30))
+        for key, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize(("shape", "backend"), CASES)
+def test_fisher_mask_and_edit_are_those_of_the_equations(shape: str, backend: Any, tmp_path: Path) -> None:
+    path, some = build(tmp_path, shape), rows()
+    model = load_model(path, backend=backend, device="cpu")
+    model_view, batch = view(model), samples(some)
+    oracle = Equations(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64))
+    options = {"matrices": model_view.matrices, "show_progress": False}
+
+    expected = oracle.fisher(some)
+    found = fisher_diagonal(model, batch, batch_tokens=40, **options)
+    assert largest_error(found, expected) < 2e-5
+    # A single sample of two tokens: attention has no choice, so Q and K have no gradient at all.
+    alone = fisher_diagonal(model, batch[[2]], **options)
+    assert largest_error(alone, oracle.fisher(some[2:3])) < 2e-5
+    assert not any(alone[key].any() for key in alone if key[1] in "QK")
+
+    mask = top_fraction(found, 0.05)
+    for key, value in expected.items():
+        best = value.flatten().argsort(descending=True, stable=True)[: round(0.05 * value.numel())]
+        assert mask.entries[key].tolist() == best.sort().values.tolist(), key
+
+    edit, weights = SparseEdit.mean(model, mask), oracle.edited(mask.entries)
+    expected = oracle.fisher(some, weights)
+    hooks = edit.hooks(model)
+    for block in (edit.applied(model), model.hooks(fwd_hooks=hooks)):
+        with block:
+            with torch.no_grad():
+                logits = model_view.logits(batch.tokens, batch.attention_mask)
+            changed = fisher_diagonal(model, batch, **options)
+        for n, (tokens, _) in enumerate(some):
+            wanted = oracle.logits(tokens, weights)
+            torch.testing.assert_close(logits[n, : len(tokens)].double(), wanted, rtol=0, atol=1e-4)
+        assert largest_error(changed, expected) < 5e-5
