@@ -14,6 +14,8 @@ EXTRAS := $(VENV)/.installed-dev
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that wait asleep: on a busy machine spinning ones make small products several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test lint train clean
 

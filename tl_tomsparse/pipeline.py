@@ -41,6 +41,7 @@ from tl_tomsparse.stories import Story, generate_stories, generate_texts
 from tl_tomsparse.verdict import Claim, verdict
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+_FEWEST_WINDOWS = 10  # for a claim about perplexity
 _PACKAGES = ("tl-tomsparse", "transformer-lens", "transformers", "torch", "numpy")
 
 
@@ -55,7 +56,8 @@ class RunSettings:
         dev_stories: stories of the sweep.
         test_stories: held-out stories of the effect.
         text: files of real text; none for generated text.
-        windows: text windows for the general sensitivity; half as many for each perplexity.
+        windows: text windows for the general sensitivity; a quarter as many (at least 10) for the perplexity
+            of the effect, half of these for the sweep's, which is measured ten times as often.
         length: tokens of a window.
         kappas: sparsities of the sweep, or "auto".
         matrices: which weights.
@@ -244,10 +246,9 @@ def _material(model: Any, settings: RunSettings) -> _Material:
         generate_stories(n, seed=seed, split=split)
         for n, split in ((settings.dev_stories, "dev"), (settings.test_stories, "test"))
     )
-    text = [
-        windows(part, max(1, settings.windows // share))
-        for part, share in (("train", 1), ("dev", 4), ("test", 2))
-    ]
+    held_out = max(_FEWEST_WINDOWS, settings.windows // 4)
+    sizes = {"train": settings.windows, "dev": held_out // 2, "test": held_out}
+    text = [windows(part, n) for part, n in sizes.items()]
     digest = blake2b(digest_size=16)
     for samples in (tom, *text):
         digest.update(prepare_text(model, samples).reads.digest.encode())
@@ -260,7 +261,7 @@ def _texts(settings: RunSettings) -> dict[str, list[str]]:
     parts = ("train", "dev", "test")
     if not settings.text:
         # About 110 tokens a text; longer windows need more of them.
-        each = 1 + settings.windows * max(1, settings.length // 64)
+        each = 1 + max(settings.windows, _FEWEST_WINDOWS) * max(1, settings.length // 64)
         return {part: generate_texts(each, seed=settings.seed, split=part) for part in parts}
     whole = "\n".join(_read_text(Path(path)) for path in settings.text)
     cuts = [0, len(whole) * 6 // 10, len(whole) * 8 // 10, len(whole)]
