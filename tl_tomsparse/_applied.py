@@ -20,12 +20,11 @@ from torch import Tensor
 from tl_tomsparse._channels import name, place
 from tl_tomsparse._checks import TomsparseError, check_same_weights
 from tl_tomsparse._interrupts import HeldInterrupts
-from tl_tomsparse._model import Key, ModelView, view
+from tl_tomsparse._model import Key, ModelView, as_bits, view
 
 if TYPE_CHECKING:
     from tl_tomsparse.edit import SparseEdit
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ROUNDS = 3  # of writing back: two may be hit by interrupts
 
 
@@ -130,9 +129,8 @@ class Entries:
         weight = seen.weight(key)
         entries = place(tuple(weight.shape), index.to(weight.device))
         found = weight[entries]
-        bits = _BITS[found.element_size()]
-        if not torch.equal(found.view(bits), expected.to(weight.device).view(bits)):
-            differ = (found.cpu().view(bits) != expected.view(bits)).nonzero().flatten()
+        if not torch.equal(as_bits(found), as_bits(expected.to(weight.device))):
+            differ = (as_bits(found.cpu()) != as_bits(expected)).nonzero().flatten()
             first = int(differ[0])
             raise TomsparseError(
                 f"{len(differ)} of {len(index)} entries of {name(key)} of {seen.name} do not have the value "

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_tomsparse._checks import TomsparseError, check_choice
-from tl_tomsparse._model_identity import Basis, ModelIdentity, fingerprint
+from tl_tomsparse._model_identity import Basis, ModelIdentity, as_bits, fingerprint
 from tl_tomsparse._model_reader import Reader
 from tl_tomsparse._model_sites import Sites, apply_matrix
 from tl_tomsparse._model_weights import MATRICES, Key, MatrixName, Weights
@@ -47,6 +47,7 @@ __all__ = [
     "ModelView",
     "Reader",
     "apply_matrix",
+    "as_bits",
     "view",
 ]
 

@@ -60,11 +60,16 @@ class ModelIdentity:
         return (self.fingerprint, self.basis) == (other.fingerprint, other.basis)
 
 
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory read as integers, so that equal means equal in every bit."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of tensors with their names; 32 hexadecimal digits, equal on every device."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in named:
-        bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+        bits = as_bits(tensor)
         sums = [_weighted_sum(bits, axis) for axis in range(bits.ndim)]
         count = min(_SAMPLE, tensor.numel())
         flat = torch.arange(count, device=bits.device) * (tensor.numel() - 1) // max(count - 1, 1)
