@@ -379,6 +379,7 @@ def test_other_architectures_and_smallest_sizes_run(tmp_path, kind, backend):
 def test_both_backends_find_the_same(finished, tmp_path):
     _, bridge = finished
     hooked = run(tmp_path / "run", backend="hooked")
+    assert hooked.facts["n_all_weights"] == bridge.facts["n_all_weights"]
     assert hooked.masks["mask"] == bridge.masks["mask"]
     for name in ("accuracy", "perplexity"):
         pd.testing.assert_frame_equal(getattr(hooked.effect, name), getattr(bridge.effect, name), rtol=1e-3)

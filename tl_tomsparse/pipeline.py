@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from importlib.metadata import version
@@ -299,14 +299,16 @@ def _sensitivity(
 
 def _facts(model: Any, settings: RunSettings, material: _Material, command: str) -> dict[str, Any]:
     model_view = view(model)
+
+    def count(matrices: Collection[str]) -> int:
+        return sum(model_view.weight(key).numel() for key in model_view.keys(matrices))
+
     return {
         "settings": _plain(settings),
         "command": command,
         "identity": model_view.identity().to_dict(),
-        "n_weights": sum(model_view.weight(key).numel() for key in model_view.keys(settings.matrices)),
-        "n_parameters": sum(
-            parameter.numel() for parameter in model_view.parameters() if parameter.is_floating_point()
-        ),
+        "n_weights": count(settings.matrices),
+        "n_all_weights": count(model_view.matrices),
         "samples": material.digest,
         "bos_token": model_view.tokenizer.bos_token if settings.prepend_bos else None,
         "device": str(model_view.device),

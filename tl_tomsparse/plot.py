@@ -132,8 +132,9 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
     if chosen is not None:
         line = {"color": _COLOURS["mask"], "width": 1, "dash": "dash"}
         figure.add_vline(x=kappas.index(chosen), line=line, row="all", col=1)
+        side = "left" if kappas.index(chosen) < steps[-1] / 2 else "right"  # towards the middle
         figure.add_annotation(
-            x=kappas.index(chosen), y=1.03, text="chosen", showarrow=False, xanchor="left", row=1, col=1
+            x=kappas.index(chosen), y=1.04, text="chosen", showarrow=False, xanchor=side, row=1, col=1
         )
     labels = [f"{_short(kappa)}<br>{int(n)}" for kappa, n in zip(kappas, mask.n_weights)]
     figure.update_xaxes(range=[-0.3, steps[-1] + 0.3], tickvals=steps, ticktext=labels)

@@ -158,17 +158,18 @@ def _question(result: RunResult) -> str:
         f"({escape(text)}): the diagonal of the empirical Fisher. The mask is the top share "
         f"kappa = {result.choice.kappa:.3g} of each matrix for the stories, without the top share for "
         f"the text: {n} weights, {100 * n / examined:.3g} % of those examined and "
-        f"{100 * n / facts['n_parameters']:.2g} % of the model. For the length of the measurement each "
-        "masked weight became the mean of its matrix’s other weights; then it was put back bit for bit. "
-        "Random masks have as many weights in each matrix.</p>"
+        f"{100 * n / facts['n_all_weights']:.2g} % of all in attention and MLPs. For the length of the "
+        "measurement each masked weight became the mean of its matrix’s other weights; then it was put back "
+        "bit for bit. Random masks have as many weights in each matrix.</p>"
     )
 
 
 def _settings(result: RunResult) -> str:
     settings, meta = result.settings, result.effect.meta
-    name, n_parameters = result.facts["identity"]["name"], result.facts["n_parameters"]
+    name, n_weights = result.facts["identity"]["name"], result.facts["n_all_weights"]
     entries = {
-        "model": f"{name} ({n_parameters:,} parameters, {settings.backend}, {settings.dtype})",
+        "model": f"{name} ({n_weights:,} weights in attention and MLPs, {settings.backend}, "
+        f"{settings.dtype})",
         "stories": f"{settings.stories} train (sensitivity), {settings.dev_stories} dev (kappa), "
         f"{settings.test_stories} test (reported)",
         "general text": f"{settings.windows} windows of {settings.length} tokens (sensitivity), "
