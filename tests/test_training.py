@@ -1,31 +1,45 @@
-"""Training rows: each question sees its part of the story and itself, and answers are the logic's."""
+"""Training rows and the network that is trained: each question sees its part of the story and itself, answers
+are the logic's, and the network is the one that transformers writes.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tl_tomsparse.models import EMBEDDED
 from tl_tomsparse.stories.generate import generate_scenes
-from tl_tomsparse.stories.lexicon import Draw
+from tl_tomsparse.stories.lexicon import NAMES, Draw
+from tl_tomsparse.stories.wording import POOLS
 
-WIDTH = 176
+TRAINING = Path(__file__).parents[1] / "training"
+WIDTH = 192
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    sys.path.insert(0, str(TRAINING))
+    yield
+    sys.path.remove(str(TRAINING))
 
 
 @pytest.fixture(scope="module")
-def data():
-    path = Path(__file__).parents[1] / "training" / "data.py"
-    spec = importlib.util.spec_from_file_location("training_data", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["training_data"] = module
-    spec.loader.exec_module(module)
-    return module
+def data(importable):
+    import data
+
+    return data
+
+
+@pytest.fixture(scope="module")
+def model(importable):
+    import model
+
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -33,59 +47,158 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(EMBEDDED)
 
 
+@pytest.fixture(scope="module")
+def rows(data, tokenizer):
+    return data.Rows(tokenizer, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def decoder(model, tokenizer):
+    torch.manual_seed(0)
+    return model.Decoder(model.model_config(tokenizer), len(NAMES)).eval()
+
+
 def blocks(row):
-    for number in range(1, max(row.block) + 1):
+    """Tokens of each question, what it sees of the story, and its answer."""
+    answers = {at: target for at, target, _ in row.predictions}
+    for number in sorted(set(row.block) - {0}):
         where = [i for i, block in enumerate(row.block) if block == number]
-        yield where, [row.tokens[i] for i in where], row.reach[where[0]]
+        yield where, [row.tokens[i] for i in where], row.reach[where[0]], answers[where[-1]]
 
 
-def test_answers_are_those_of_the_logic_and_come_last(data, tokenizer):
+def test_answers_are_those_of_the_logic(data, rows, tokenizer):
     asked = 0
-    for scene in generate_scenes(80, seed=4, split="train"):
-        row = data.story_row(tokenizer, scene, Draw("test", asked), data.CURRICULUM[-1], WIDTH)
+    for number, scene in enumerate(generate_scenes(80, seed=4, split="train")):
+        row = rows.story(scene, Draw("test", number), data.STAGES[-1])
+        if row is None:
+            continue
+        assert len(row.tokens) <= WIDTH
         text = tokenizer.decode([t for t, block in zip(row.tokens, row.block) if block == 0])
         assert text == f"<bos> {' '.join(scene.sentences)}"
-        for where, tokens, reach in blocks(row):
-            question = tokenizer.decode(tokens).strip()
+        for _, tokens, reach, target in blocks(row):
+            question, answer = tokenizer.decode(tokens).strip(), tokenizer.decode(target).strip()
             said = tokenizer.decode(row.tokens[:reach]).removeprefix("<bos> ")
             at = next(i for i in range(len(scene.sentences)) if " ".join(scene.sentences[: i + 1]) == said)
-            assert row.weight[where[-1]] == 1.0
-            assert not any(row.weight[i] for i in where[:-1])
             named = [a for a in scene.agents if a in re.findall(r"\w+", question)]
-            if question.startswith("Right now, ") and question.endswith(("here", "away")):
-                assert question.endswith("here") == (named[0] in scene.present[at])
+            if question.startswith("Right now, ") and question.endswith(" is"):
+                assert answer == ("here" if named[0] in scene.present[at] else "away")
             elif "thinks the" in question and len(named) == 1:
-                assert question.split()[-1] == scene.states[at].belief(named, scene.variable)
+                assert answer == scene.states[at].belief(named, scene.variable)
                 asked += 1
     assert asked > 10
 
 
-def test_a_question_reads_as_if_it_stood_alone_after_its_part_of_the_story(data, tokenizer):
-    """Logits under the block mask equal those of the plain prompt: no question sees another."""
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32, attn_implementation="sdpa")
+def test_a_question_reads_as_if_it_stood_alone_after_its_part_of_the_story(
+    data, rows, model, decoder, tokenizer
+):
+    """Hidden states under the block mask equal those of the plain prompt, in transformers' own network."""
+    plain = model.to_hugging_face(decoder)
     scene = next(generate_scenes(1, seed=8, split="train"))
-    row = data.story_row(tokenizer, scene, Draw("test", 1), data.CURRICULUM[-1], WIDTH)
+    row = rows.story(scene, Draw("test", 1), data.STAGES[-1])
     batch = data.collate([row], tokenizer.pad_token_id, WIDTH)
     with torch.no_grad():
-        packed = model(batch.tokens, attention_mask=batch.mask, position_ids=batch.positions).logits[0]
-        for where, tokens, reach in blocks(row):
-            alone = model(torch.tensor([row.tokens[:reach] + tokens[:-1]])).logits[0, -1]
-            torch.testing.assert_close(packed[where[-2]], alone, rtol=1e-4, atol=1e-4)
+        packed = decoder.logits(decoder(batch.tokens, batch.mask, batch.positions)[0])[0]
+        for where, tokens, reach, _ in blocks(row):
+            alone = plain(torch.tensor([row.tokens[:reach] + tokens])).logits[0, -1]
+            torch.testing.assert_close(packed[where[-1]], alone, rtol=1e-4, atol=1e-4)
     answers = batch.weight == 1.0
-    assert batch.source[answers].tolist() == [where[-2] for where, _, _ in blocks(row)]
-    assert batch.target[answers].tolist() == [tokens[-1] for _, tokens, _ in blocks(row)]
+    ends = {(where[-1], target) for where, _, _, target in blocks(row)}
+    assert set(zip(batch.source[answers].tolist(), batch.target[answers].tolist())) <= ends
+    assert answers.sum() >= 3
 
 
-def test_repetitions_are_supervised_only_when_they_can_be_known(data, tokenizer):
-    row = data.chant_row(tokenizer, Draw("test", 3), WIDTH)
-    supervised = [i for i, weight in enumerate(row.weight) if weight]
-    assert supervised
-    assert all(row.tokens[i] in row.tokens[:i] for i in supervised)
+def test_repetitions_are_supervised_only_when_they_can_be_known(rows):
+    for seed in range(20):
+        row = rows.chant(Draw("test", seed), (3, 8), (NAMES,))
+        assert row.predictions
+        assert all(target in row.tokens[:at] for at, target, _ in row.predictions)
+        assert all(row.tokens[at + 1] == target for at, target, _ in row.predictions)
 
 
-def test_look_ups_have_the_answer_in_the_row(data, tokenizer):
-    for seed in range(12):
-        row = data.lookup_row(tokenizer, Draw("test", seed), WIDTH)
+def test_look_ups_have_the_answer_in_the_row(rows, tokenizer):
+    made = [rows.lookup(Draw("test", seed)) for seed in range(20)]
+    assert sum(row is not None for row in made) > 10
+    for row in filter(None, made):  # None: too long
         story = [t for t, block in zip(row.tokens, row.block) if block == 0]
-        for _, tokens, _ in blocks(row):
-            assert tokens[-1] in story or tokenizer.decode(tokens[-1]).strip() in ("here", "away")
+        for *_, target in blocks(row):
+            assert target in story or tokenizer.decode(target).strip() in ("here", "away")
+
+
+def test_who_sees_a_move_believes_it_and_nobody_else_learns_anything(data):
+    moves = 0
+    for scene in generate_scenes(120, seed=3, split="train", scenarios=("transfer",), rounds=2):
+        seen = data.witnesses(scene)
+        for i, state in enumerate(scene.states):
+            if state is None or i == 0 or scene.states[i - 1] is None:
+                continue
+            before, here = (s.valuations[s.actual]["place"] for s in (scene.states[i - 1], state))
+            if here != before:
+                for agent in scene.agents:
+                    old = scene.states[i - 1].belief((agent,), "place")
+                    assert state.belief((agent,), "place") == (here if agent in seen[i] else old)
+                moves += 1
+    assert moves > 50
+
+
+def test_shift_heads_look_back_by_their_offsets(model, decoder):
+    attention, frequencies = decoder.layers[0].self_attn, decoder.frequencies
+    for head, offset in enumerate(model.SHIFTS[0]):
+        d_head, half = attention.d_head, len(frequencies)
+        q = attention.q_proj.bias[head * d_head : (head + 1) * d_head].detach().double()
+        group = head // (attention.heads // attention.groups)
+        k = attention.k_proj.bias[group * d_head : (group + 1) * d_head].detach().double()
+        query, key = torch.complex(q[:half], q[half:]), torch.complex(k[:half], k[half:])
+        logits = [
+            float((query * torch.polar(torch.ones(half), distance * frequencies) * key.conj()).real.sum())
+            for distance in range(100)
+        ]
+        assert max(range(100), key=logits.__getitem__) == offset
+
+
+def test_match_heads_look_at_what_stood_with_the_same_word(data, model, decoder, tokenizer):
+    """Before any training: more at the value that followed the same name than at each other value."""
+    patterns = {}
+    match = decoder.layers[model.MATCH_LAYER]
+    rows = data.Rows(tokenizer, 96)
+    batch = [rows.chant(Draw("match", seed), (5, 5), (NAMES,)) for seed in range(60)]
+    collated = data.collate(batch, tokenizer.pad_token_id, 96)
+
+    def keep(module, inputs):
+        x, mask, cos, sin = inputs
+
+        def rotated(t):
+            a, b = t.chunk(2, -1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+        shape = (*x.shape[:2], module.groups, -1, module.d_head)
+        q, k = rotated(module.q_proj(x).view(shape)), rotated(module.k_proj(x).view(shape))
+        scores = torch.einsum("bqgih,bkgjh->bgiqk", q, k) * module.d_head**-0.5
+        patterns["match"] = (scores + mask).softmax(-1)[:, 0, 0]
+
+    handle = match.self_attn.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        decoder(collated.tokens, collated.mask, collated.positions)
+    handle.remove()
+    right, wrong = [], []
+    for i, row in enumerate(batch):
+        values = {target for _, target, _ in row.predictions}
+        for at, target, _ in row.predictions:
+            pattern = patterns["match"][i, at]
+            seen = [(token, float(pattern[j])) for j, token in enumerate(row.tokens[:at])]
+            right += [p for token, p in seen if token == target]
+            wrong += [p for token, p in seen if token in values - {target}]
+    assert sum(right) / len(right) > 2 * sum(wrong) / len(wrong)
+
+
+def test_wordings_of_training_are_not_the_ones_kept_from_it(data):
+    for kind, pool in data.EXTRA.items():
+        assert kind in POOLS["seen"]
+        assert not set(pool) & set(POOLS["new"].get(kind, ()))
+        assert not set(pool) & set(POOLS["seen"][kind])
+    before = POOLS["seen"]["intro"]
+    with data.more_wordings():
+        from tl_tomsparse.stories import wording
+
+        assert set(wording.POOLS["seen"]["intro"]) > set(before)
+        assert wording.POOLS["new"] == POOLS["new"]
+    assert wording.POOLS["seen"]["intro"] == before

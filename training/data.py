@@ -1,7 +1,7 @@
 """Training rows: a story followed by many questions, each of which sees the story up to one sentence and
 itself only.
 
-    story      s_0 s_1 ... s_k ... s_n        ordinary causal attention question   q_0 ... q_m answer
+    story      s_0 s_1 ... s_k ... s_n        ordinary causal attention question   q_0 ... q_m
     sees s_0 .. s_k, where k is the sentence after which it is asked, and itself
 
 So one row asks every agent, after many events, without one answer giving another away, at the price of
@@ -11,49 +11,93 @@ choices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from wordings import EXTRA
 
-from tl_tomsparse.stories import generate_texts
+from tl_tomsparse.stories import generate_texts, wording
 from tl_tomsparse.stories.generate import FORMS, generate_scenes
-from tl_tomsparse.stories.lexicon import COLOURS, NAMES, ROOMS, THINGS, Draw
+from tl_tomsparse.stories.lexicon import COLOURS, CONTENTS, NAMES, PLACES, ROOMS, THINGS, Draw
 from tl_tomsparse.stories.scenarios import Scene
 from tl_tomsparse.stories.story import Kind
 from tl_tomsparse.stories.wording import listed, sentence
 
+SHAPES = (
+    {"distractors": False},
+    {},
+    {"places": 3, "rounds": 2},
+    {"rounds": 2},
+    {"places": 3},
+    {"rounds": 2, "distractors": False},
+)
+"""Shapes of stories; several take turns, so that no count of places or moves is the rule."""
+LINKS = (
+    "",
+    "is in the",
+    "has the",
+    "goes to the",
+    "likes",
+    "has a",
+    "wants the",
+    "finds the",
+)
+
 
 @dataclass(frozen=True)
 class Stage:
-    """What a row is made of at some share of the training."""
+    """What rows are made of until `enough` of the answers are right, or for `at_most` million tokens."""
 
-    until: float  # share of the training at which the stage ends
-    general: float  # share of rows that are general text
-    kinds: tuple[str, ...]  # of general text
-    agents: tuple[int, int]
-    second_order: float  # chance of each second-order question
-    distractors: float = 1.0  # share of stories with sentences that have no bearing on the answers
-    rounds: bool = True  # half of the stories have more than one move
-    presence: int = 1  # questions about who is there, in each transfer story
-    lookup: float = 0.0  # share of rows that are nothing but looking things up by a name
+    at_most: float
+    enough: float
+    batch: int
+    width: int
     chant: float = 0.0  # share of rows that say a few facts again and again, every repetition a look-up
+    lookup: float = 0.0  # share of rows in which everything is looked up by a name once
+    general: float = 0.0  # share of rows that are general text; the rest are stories
+    facts: tuple[int, int] = (3, 10)  # how many a chant repeats
+    keys: tuple[tuple[str, ...], ...] = (tuple(NAMES), tuple(NAMES), tuple(NAMES), tuple(THINGS))
+    agents: tuple[int, int] = (2, 4)
+    shapes: tuple[int, ...] = (0,)  # indices of SHAPES, drawn equally often
+    second_order: float = 0.0  # chance of each second-order question
+    presence: int = 0  # questions about who is there, in each transfer story
 
 
-ALL_KINDS = ("description", "counting", "lookup", "repetition", "fact")
-CURRICULUM = (
-    Stage(0.08, 0.6, ("lookup", "lookup", "repetition", "description", "counting"), (2, 3), 0.0),
-    Stage(0.49, 0.15, ALL_KINDS, (2, 4), 0.15, presence=0),
-    # By now answers are guesses by the kind of story. Short stories, who was there, look-ups by name.
-    Stage(0.60, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.4, rounds=False, presence=4),
+STAGES = (
+    Stage(12, 0.90, batch=40, width=80, chant=1.0, facts=(4, 7), keys=(tuple(NAMES),)),
+    Stage(8, 0.90, batch=24, width=128, chant=1.0, facts=(4, 9)),
+    Stage(12, 0.90, batch=16, width=192, chant=0.5, lookup=0.5, facts=(3, 9)),
     Stage(
-        0.65, 0.10, ALL_KINDS, (2, 3), 0.0, distractors=0.6, rounds=False, presence=3, lookup=0.15, chant=0.3
+        25, 0.97, batch=16, width=192, chant=0.08, lookup=0.22, general=0.08,
+        agents=(2, 3), shapes=(0, 0, 0, 5, 1), presence=4,
     ),
-    Stage(1.00, 0.15, ALL_KINDS, (2, 4), 0.3, presence=1, rounds=False, lookup=0.05),
-)
-STORY_WEIGHT, TEXT_WEIGHT = 0.05, 0.3
+    Stage(
+        40, 0.98, batch=16, width=192, chant=0.05, lookup=0.13, general=0.12, facts=(3, 12),
+        shapes=(0, 1, 1, 2, 3, 4, 5), second_order=0.1, presence=2,
+    ),
+    Stage(
+        float("inf"), float("inf"), batch=16, width=192, chant=0.04, lookup=0.10, general=0.14, facts=(3, 12),
+        agents=(2, 5), shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.25, presence=1,
+    ),
+)  # fmt: skip
+"""Looking things up by a name first: short, longer, in sentences. Then stories, second order last."""
+STORY_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT, PRESENCE_WEIGHT = 0.05, 0.02, 0.3, 0.5
+SHARE = 0.3  # of a story's words that are predicted, each weighing more by as much
+
+
+@contextmanager
+def more_wordings() -> Iterator[None]:
+    """Stories in the wordings of the package and of `wordings.py`."""
+    seen = {kind: (*pool, *EXTRA.get(kind, ())) for kind, pool in wording.POOLS["seen"].items()}
+    with mock.patch.object(wording, "POOLS", {**wording.POOLS, "seen": seen}):
+        yield
 
 
 @dataclass
@@ -66,209 +110,245 @@ class Row:
     positions: list[int]
     block: list[int]
     reach: list[int]
-    weight: list[float]  # of predicting this token from the one before it in its block
-    previous: list[int]  # index of that one
+    predictions: list[tuple[int, int, float]] = field(default_factory=list)  # from index, target, weight
+    witnesses: list[tuple[int, int, float]] = field(default_factory=list)  # at index, name, sees it or not
+
+    @classmethod
+    def story(cls, tokens: list[int]) -> Row:
+        """Plain causal tokens."""
+        n = len(tokens)
+        return cls(tokens, list(range(n)), [0] * n, list(range(1, n + 1)))
 
 
-def story_row(tokenizer: PreTrainedTokenizerFast, scene: Scene, draw: Draw, stage: Stage, length: int) -> Row:
-    """The story, then questions after its end and after earlier sentences."""
-    return _row(tokenizer, scene.sentences, _questions(scene, draw, stage), length)
+class Rows:
+    """Makes rows with one tokenizer, none longer than `width` tokens."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, width: int) -> None:
+        self.tokenizer, self.width = tokenizer, width
+        self.encode = lru_cache(200_000)(
+            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        )
 
-def lookup_row(tokenizer: PreTrainedTokenizerFast, draw: Draw, length: int) -> Row:
-    """What is whose, who is where, who is here: many names, and every name asked."""
-    n = 3 + draw.below(6)
-    names, parts, asked = draw.sample(NAMES, n), [], []
-    kind = draw.below(3)
-    if kind == 0:
-        for name, thing in zip(names, draw.sample(THINGS, n)):
-            colour = draw.choice(COLOURS)
-            parts.append(f"{name} has a {colour} {thing}.")
-            asked += [
-                f"The {thing} of {name} is {colour}",
-                f"{name} has a {colour} {thing}",
-                f"Who has the {thing}? It is {name}",
-            ]
-        parts = draw.shuffled(parts)
-    elif kind == 1:
-        where = {}
-        for name in names + [draw.choice(names) for _ in range(n // 2)]:
-            where[name] = draw.choice(ROOMS)
-            parts.append(
-                f"{name} {draw.choice(('is in', 'goes to', 'walks into', 'enters'))} the {where[name]}."
-            )
-        asked = [
-            text
-            for name in names
-            for text in (
-                f"Right now, {name} is in the {where[name]}",
-                f"Where is {name}? In the {where[name]}",
-            )
+    def chant(self, draw: Draw, facts: tuple[int, int], keys: Sequence[Sequence[str]]) -> Row:
+        """All facts once, then again and again in random order: "Leo park. Ida lake. Leo" -> park.
+
+        No fact twice running, and no fewer than four in the first stages: else there is a way to answer that
+        looks only at the fact before.
+        """
+        n = facts[0] + draw.below(facts[1] - facts[0] + 1)
+        left = draw.sample(draw.choice(keys), n)
+        pool = draw.choice((ROOMS, THINGS, COLOURS, PLACES, CONTENTS, NAMES))
+        right = draw.sample([value for value in pool if value not in left], n)
+        link = draw.choice(("", "", *LINKS))
+        stop = self.encode("a.")[-1:] if link or draw.coin() else []
+        tokens, said, predictions = [self.tokenizer.bos_token_id], set(), []
+        order, i = draw.shuffled(range(n)), -1
+        while True:
+            i = order.pop() if order else draw.choice([other for other in range(n) if other != i])
+            head, (target,) = [*self.encode(left[i]), *self.encode(link)], self.encode(right[i])
+            if len(tokens) + len(head) + 1 + len(stop) > self.width:
+                break
+            tokens += head
+            if i in said:
+                predictions.append((len(tokens) - 1, target, 1.0))
+            said.add(i)
+            tokens += [target, *stop]
+        row = Row.story(tokens)
+        row.predictions = predictions
+        return row
+
+    def lookup(self, draw: Draw) -> Row | None:
+        """What is whose, who is where, who is here, who thinks what: many names, and every name asked."""
+        n = 2 + draw.below(7)
+        names, parts, asked = draw.sample(NAMES, n), [], []
+        kind = draw.below(4)
+        if kind == 0:
+            for name, thing in zip(names, draw.sample(THINGS, n)):
+                colour = draw.choice(COLOURS)
+                parts.append(f"{name} has a {colour} {thing}.")
+                asked += [
+                    (f"The {thing} of {name} is", colour),
+                    (f"{name} has a", colour),
+                    (f"What does {name} have? {name} has a", colour),
+                    (f"The {thing} belongs to", name),
+                    (f"Who has the {thing}? It is", name),
+                ]
+            parts = draw.shuffled(parts)
+        elif kind == 1:
+            where = {}
+            for name in names + [draw.choice(names) for _ in range(n // 2)]:
+                where[name] = draw.choice(ROOMS)
+                verb = draw.choice(("is in", "goes to", "walks into", "enters"))
+                parts.append(f"{name} {verb} the {where[name]}.")
+            for name in names:
+                asked.append((f"Right now, {name} is in the", where[name]))
+                asked.append((f"Where is {name}? In the", where[name]))
+        elif kind == 2:
+            room = draw.choice(ROOMS)
+            here = dict.fromkeys(names, True)
+            parts.append(sentence(draw, "seen", "intro", L=listed(names), R=room))
+            for name in [draw.choice(names) for _ in range(n)]:
+                which = draw.choice(("leave", "leave", "stay")) if here[name] else "return"
+                here[name] = which != "leave"
+                parts.append(sentence(draw, "seen", which, P=name, R=room))
+            asked = [(f"Right now, {name} is", "here" if here[name] else "away") for name in names]
+        else:
+            thing = draw.choice(THINGS)
+            places = draw.sample([place for place in PLACES if place != thing], 3)
+            for name in names:
+                place = draw.choice(places)
+                parts.append(f"{sentence(draw, 'seen', 'ask_belief', P=name, O=thing)} {place}.")
+                form = draw.choice(("ask_belief", "question_belief"))
+                asked.append((sentence(draw, "seen", form, P=name, O=thing), place))
+        last = len(parts) - 1
+        questions = [(text, answer, last, 1.0) for text, answer in draw.shuffled(asked)]
+        packed = self._packed(draw, parts, questions, LOOKUP_WEIGHT)
+        return packed and packed[0]
+
+    def story(self, scene: Scene, draw: Draw, stage: Stage) -> Row | None:
+        """The story, then questions after its end and after earlier sentences. None if it is too long."""
+        packed = self._packed(draw, scene.sentences, _questions(scene, draw, stage), STORY_WEIGHT)
+        if packed is None:
+            return None
+        row, ends = packed
+        if scene.scenario == "transfer":
+            for i, agents in enumerate(witnesses(scene)):
+                row.witnesses += [(ends[i] - 1, NAMES.index(a), float(a in agents)) for a in scene.agents]
+        return row
+
+    def text(self, text: str) -> Row:
+        """General text: every token counts."""
+        row = Row.story([self.tokenizer.bos_token_id, *self.encode(text)][: self.width])
+        row.predictions = [(i, token, TEXT_WEIGHT) for i, token in enumerate(row.tokens[1:])]
+        return row
+
+    def _packed(
+        self, draw: Draw, sentences: list[str], questions: list[tuple[str, str, int, float]], weight: float
+    ) -> tuple[Row, list[int]] | None:
+        """Sentences, then questions, each asked after one of the sentences; and where each sentence ends."""
+        tokens, ends = [self.tokenizer.bos_token_id], []
+        for text in sentences:
+            tokens += self.encode(text)
+            ends.append(len(tokens))
+        row = Row.story(tokens)
+        row.predictions = [
+            (i, token, weight / SHARE) for i, token in enumerate(tokens[1:]) if draw.coin(SHARE)
         ]
-    else:
-        slots = {"R": draw.choice(ROOMS)}
-        here = dict.fromkeys(names, True)
-        parts.append(sentence(draw, "seen", "intro", L=listed(names), **slots))
-        for name in [draw.choice(names) for _ in range(n)]:
-            kinds = ("leave", "leave", "stay") if here[name] else ("return",)
-            which = draw.choice(kinds)
-            here[name] = which != "leave"
-            parts.append(sentence(draw, "seen", which, P=name, **slots))
-        asked = [f"Right now, {name} is {'here' if here[name] else 'away'}" for name in names]
-    return _row(tokenizer, parts, [(text, len(parts) - 1) for text in draw.shuffled(asked)], length)
+        asked = 0
+        for number, (text, answer, at, importance) in enumerate(questions, start=1):
+            words, (target,) = self.encode(text), self.encode(answer)
+            if len(row.tokens) + len(words) > self.width:
+                continue
+            asked += 1
+            end = ends[at]
+            row.tokens += words
+            row.positions += range(end, end + len(words))
+            row.block += [number] * len(words)
+            row.reach += [end] * len(words)
+            row.predictions.append((len(row.tokens) - 1, target, importance))
+        return (row, ends) if asked and len(tokens) < self.width else None
 
-
-def chant_row(tokenizer: PreTrainedTokenizerFast, draw: Draw, length: int) -> Row:
-    """A few facts, said again and again in random order: "Leo park. Ida lake. Ida lake. Leo" -> park."""
-    n = 2 + draw.below(7)
-    names = draw.sample(NAMES, n)
-    values = draw.sample(draw.choice((ROOMS, THINGS, COLOURS)), n)
-    link = draw.choice(("", "", " is in the", " has the", " goes to the", " likes the"))
-    tokens, weight, said = [tokenizer.bos_token_id], [0.0], set()
-    while True:
-        i = len(said) if len(said) < n else draw.below(n)
-        words = tokenizer(f"{names[i]}{link} {values[i]}{'.' if link else ''}", add_special_tokens=False)[
-            "input_ids"
+    def stream(self, stage: Stage, seed: int, n: int) -> Iterator[Row]:
+        """n rows of a stage."""
+        draw = Draw("training", seed)
+        kinds = ("description", "counting", "lookup", "lookup", "repetition", "fact")
+        texts = iter(generate_texts(n, seed=seed, kinds=kinds))
+        scenes = [
+            generate_scenes(20 * n, seed=10 * seed + i, split="train", agents=stage.agents, **shape)
+            for i, shape in enumerate(SHAPES)
         ]
-        if len(tokens) + len(words) > length:
-            break
-        at = len(words) - (2 if link else 1)
-        tokens += words
-        weight += [1.0 if k == at and i in said else 0.0 for k in range(len(words))]
-        said.add(i)
-    n_tokens = len(tokens)
-    previous = [max(0, k - 1) for k in range(n_tokens)]
-    return Row(tokens, list(range(n_tokens)), [0] * n_tokens, list(range(1, n_tokens + 1)), weight, previous)
+        while n:
+            kind, row = draw.below(1000) / 1000, None
+            if kind < stage.chant:
+                row = self.chant(draw, stage.facts, stage.keys)
+            elif kind < stage.chant + stage.lookup:
+                row = self.lookup(draw)
+            elif kind < stage.chant + stage.lookup + stage.general:
+                row = self.text(next(texts))
+            else:
+                row = self.story(next(scenes[draw.choice(stage.shapes)]), draw, stage)
+            if row is not None:
+                n -= 1
+                yield row
 
 
-def _row(
-    tokenizer: PreTrainedTokenizerFast, sentences: list[str], questions: list[tuple[str, int]], length: int
-) -> Row:
-    """Sentences, then questions with their answers, each asked after one of the sentences."""
-    pieces = tokenizer(sentences, add_special_tokens=False)["input_ids"]
-    tokens = [tokenizer.bos_token_id]
-    ends = []
-    for piece in pieces:
-        tokens += piece
-        ends.append(len(tokens))
-    n = len(tokens)
-    row = Row(
-        tokens,
-        list(range(n)),
-        [0] * n,
-        list(range(1, n + 1)),
-        [0.0] + [STORY_WEIGHT] * (n - 1),
-        [max(0, i - 1) for i in range(n)],
-    )
-    encoded = tokenizer([text for text, _ in questions], add_special_tokens=False)["input_ids"]
-    for number, ((_, at), words) in enumerate(zip(questions, encoded), start=1):
-        end = ends[at]
-        start = len(row.tokens)
-        if start + len(words) > length:
-            break
-        row.tokens += words
-        row.positions += range(end, end + len(words))
-        row.block += [number] * len(words)
-        row.reach += [end] * len(words)
-        row.weight += [0.0] * (len(words) - 1) + [1.0]
-        row.previous += [end - 1, *range(start, start + len(words) - 1)]
-    return row
+def witnesses(scene: Scene) -> list[set[str]]:
+    """Who sees or hears what each sentence of a transfer story tells: those who are there, and whoever a
+    sentence about the thing and a place names (a secret observer, one who is told).
+    """
+    thing, seen = scene.slots["O"], []
+    for text, present in zip(scene.sentences, scene.present):
+        words = set(re.findall(r"\w+", text))
+        event = thing in words and any(place in words for place in scene.values)
+        seen.append({a for a in scene.agents if a in present or (event and a in words)})
+    return seen
 
 
-def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[tuple[str, int]]:
-    """Questions with their answers, and the sentence after which each is asked."""
+def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[tuple[str, str, int, float]]:
+    """Questions, their answers, the sentence after which each is asked, and its weight; the end comes first,
+    since questions that do not fit are left out.
+    """
     last = len(scene.sentences) - 1
     settled = [i for i, state in enumerate(scene.states) if state is not None]
     pairs = [(a, b) for a in scene.agents for b in scene.agents if a != b]
     asked: list[tuple[Kind, tuple[str, ...], int]] = [("belief", (a,), last) for a in scene.agents]
     asked += [("belief", pair, last) for pair in pairs if draw.coin(stage.second_order)]
-    asked += [("reality", (), last), ("memory", (), last)]
-    for _ in range(4):
-        at = draw.choice(settled)
-        asked.append(("belief", (draw.choice(scene.agents),), at) if draw.coin(0.85) else ("reality", (), at))
+    facts: tuple[Kind, ...] = ("reality", "memory")
+    asked += [(kind, (), last) for kind in facts if draw.coin()]
+    moments = [i for i in settled if i != last]
+    for at in draw.sample(moments, min(4, len(moments))):
+        asked += [("belief", (a,), at) for a in scene.agents if draw.coin(0.6)]
+        if draw.coin(0.2):
+            asked.append(("reality", (), at))
+        if draw.coin(stage.second_order):
+            asked.append(("belief", draw.choice(pairs), at))
     chosen = []
     for kind, agents, at in asked:
         question = scene.question(kind, agents, form=draw.choice(FORMS), at=at)
-        chosen.append((f"{question.text} {question.answer}", at))
+        chosen.append((question.text, question.answer, at, 1.0))
     if scene.scenario == "transfer":
         for _ in range(stage.presence):
             at, agent = draw.choice(settled), draw.choice(scene.agents)
-            chosen.append((f"Right now, {agent} is {'here' if agent in scene.present[at] else 'away'}", at))
-    return draw.shuffled(chosen)
-
-
-def text_row(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> Row:
-    """General text: every token counts."""
-    tokens = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:length]
-    n = len(tokens)
-    weight = [0.0] + [TEXT_WEIGHT] * (n - 1)
-    return Row(
-        tokens, list(range(n)), [0] * n, list(range(1, n + 1)), weight, [max(0, i - 1) for i in range(n)]
-    )
-
-
-def rows(tokenizer: PreTrainedTokenizerFast, stage: Stage, seed: int, n: int, length: int) -> Iterator[Row]:
-    """n rows of a stage."""
-    draw = Draw("training", seed)
-    kinds = stage.kinds
-    texts = iter(generate_texts(n, seed=seed, kinds=kinds))
-    # Scenes without end: several shapes take turns, so that no count of places or moves is the rule.
-    plain = {"split": "train", "agents": stage.agents}
-    shapes = [
-        generate_scenes(10 * n, seed=seed, **plain),
-        generate_scenes(10 * n, seed=seed + 3, distractors=False, **plain),
-    ]
-    shapes += [
-        generate_scenes(10 * n, seed=seed + 1, places=3, rounds=2, **plain),
-        generate_scenes(10 * n, seed=seed + 2, rounds=2, **plain),
-    ]
-    for _ in range(n):
-        if draw.coin(stage.chant):
-            yield chant_row(tokenizer, draw, length)
-        elif draw.coin(stage.lookup):
-            yield lookup_row(tokenizer, draw, length)
-        elif draw.coin(stage.general):
-            yield text_row(tokenizer, next(texts), length)
-        else:
-            shape = (
-                draw.choice((2, 3)) if stage.rounds and draw.coin() else int(not draw.coin(stage.distractors))
-            )
-            yield story_row(tokenizer, next(shapes[shape]), draw, stage, length)
+            where = "here" if agent in scene.present[at] else "away"
+            chosen.append((f"Right now, {agent} is", where, at, PRESENCE_WEIGHT))
+    return sorted(draw.shuffled(chosen), key=lambda question: question[2] != last)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors; `source`, `target` and `weight` list every prediction that counts."""
+    """Rows as tensors; `source`, `target` and `weight` list every prediction that counts, the rest what the
+    helper head is asked.
+    """
 
     tokens: Tensor  # [batch, pos]
     positions: Tensor  # [batch, pos]
-    mask: Tensor  # [batch, 1, pos, pos], True where attention is allowed
+    mask: Tensor  # [batch, 1, 1, pos, pos], 0 where attention is allowed, else very negative
     source: Tensor  # [prediction] flat index of the token that predicts
     target: Tensor  # [prediction] token that is predicted
     weight: Tensor  # [prediction]
+    witness_at: Tensor  # [witness] flat index of the last token of a sentence
+    witness_name: Tensor  # [witness] index of the agent in NAMES
+    witness: Tensor  # [witness] 1 if the agent sees what the sentence tells
 
 
-def collate(batch: list[Row], pad: int, width: int) -> Batch:
+def collate(rows: list[Row], pad: int, width: int) -> Batch:
     """Pad to a fixed width (one compiled shape) and build the block mask."""
 
-    def padded(name: str, fill: float) -> Tensor:
-        return torch.tensor([[*getattr(row, name), *[fill] * (width - len(row.tokens))] for row in batch])
+    def padded(name: str, fill: int) -> Tensor:
+        return torch.tensor([[*getattr(row, name), *[fill] * (width - len(row.tokens))] for row in rows])
+
+    def listed_flat(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        entries = [
+            (i * width + at, what, x) for i, row in enumerate(rows) for at, what, x in getattr(row, name)
+        ]
+        at, what, x = zip(*entries) if entries else ((), (), ())
+        return torch.tensor(at, dtype=torch.long), torch.tensor(what, dtype=torch.long), torch.tensor(x)
 
     tokens, positions, block, reach = (
         padded(name, fill) for name, fill in (("tokens", pad), ("positions", 0), ("block", -1), ("reach", 0))
     )
-    weight, previous = padded("weight", 0.0), padded("previous", 0)
     index = torch.arange(width)
-    causal = index[:, None] >= index[None, :]
-    same = block[:, :, None] == block[:, None, :]
+    same = (block[:, :, None] == block[:, None, :]) & (index[:, None] >= index[None, :])
     story = (block[:, None, :] == 0) & (index[None, None, :] < reach[:, :, None])
-    mask = ((same & causal) | story)[:, None]
-    row, column = (weight > 0).nonzero(as_tuple=True)
-    return Batch(
-        tokens,
-        positions,
-        mask,
-        row * width + previous[row, column],
-        tokens[row, column],
-        weight[row, column],
-    )
+    mask = torch.where(same | story, 0.0, -1e9)[:, None, None]
+    return Batch(tokens, positions, mask, *listed_flat("predictions"), *listed_flat("witnesses"))

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from train import model_config
-from transformers import AutoTokenizer, LlamaForCausalLM
+from model import Decoder, model_config, to_hugging_face
+from transformers import AutoTokenizer
 
 from tl_tomsparse.models import EMBEDDED
+from tl_tomsparse.stories.lexicon import NAMES
 
 
 def main() -> None:
@@ -25,10 +26,10 @@ def main() -> None:
     args = parser.parse_args()
     saved = torch.load(args.run / "checkpoint.pt", weights_only=True)
     tokenizer = AutoTokenizer.from_pretrained(args.run / "tokenizer")
-    model = LlamaForCausalLM(model_config(tokenizer))
-    model.load_state_dict(saved["model"])
+    decoder = Decoder(model_config(tokenizer), len(NAMES))
+    decoder.load_state_dict(saved["decoder"])
     shutil.rmtree(args.to, ignore_errors=True)
-    model.half().save_pretrained(args.to)
+    to_hugging_face(decoder).half().save_pretrained(args.to)
     tokenizer.save_pretrained(args.to)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     kept = [entry for entry in log if "probe" in entry] + [log[-1]]

@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tl_tomsparse.stories import Story, generate_stories
 
 
 @torch.no_grad()
 def answers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: list[Story]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stories: list[Story]
 ) -> list[list[bool]]:
     """For each story and question, whether the answer is the likeliest option."""
     prompts = [
@@ -43,7 +43,7 @@ def answers(
 
 
 def probe(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 120, seed: int = 7
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int = 120, seed: int = 7
 ) -> dict[str, float]:
     """Accuracy by category, and paired: all first-order beliefs of a false-belief story right together."""
     out: dict[str, float] = {}

@@ -1,8 +1,9 @@
 """Train the embedded model: `python training/train.py --out training/runs/main`.
 
-Seeded, resumable (run the same command again), logs to `log.jsonl`, checkpoints weights and optimiser every
-few minutes. The learning rate warms up, stays, and decays over the last fifth of the budget; the curriculum
-follows the share of the budget that is used up.
+Data-parallel over CPU processes of one thread each, seeded, resumable (run the same command again), with a
+log (`log.jsonl`), a checkpoint every two minutes and half-precision snapshots along the way. The learning
+rate warms up, stays, and falls to zero over the last part of the budget; what rows are made of moves on when
+the answers are right (`data.STAGES`).
 """
 
 from __future__ import annotations
@@ -10,80 +11,179 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
+import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from itertools import islice
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import CURRICULUM, Batch, Row, Stage, collate, rows
+import torch.distributed as dist
+from data import STAGES, Batch, Rows, collate, more_wordings
+from model import Decoder, model_config, to_hugging_face
 from probe import probe
+from safetensors.torch import save_file
 from tokenizer import build
-from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-WIDTH, CHUNK = 176, 960
+from tl_tomsparse.stories.lexicon import NAMES
 
-
-def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The architecture: RoPE, RMSNorm, SwiGLU, grouped-query attention, tied embeddings."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        attention_bias=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-    )
+STEPS = 20  # between two looks at the clock; rows are made for as many
+SNAPSHOT = 10_000_000  # tokens between two snapshots
 
 
-def stage_at(share: float) -> Stage:
-    """The stage of the curriculum at a share of the budget."""
-    return next(stage for stage in CURRICULUM if share < stage.until or stage is CURRICULUM[-1])
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    chunk: int = 0
+    stage: int = 0
+    stage_began: int = 0  # tokens
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, share: float, chunk: int, size: int) -> Iterator[Batch]:
-    """The batches of one chunk of rows."""
-    stream: Iterator[Row] = rows(tokenizer, stage_at(share), seed=1000 + 10 * chunk, n=CHUNK, length=WIDTH)
-    for _ in range(CHUNK // size):
-        yield collate(list(islice(stream, size)), tokenizer.pad_token_id, WIDTH)
-
-
-def loss_of(backbone: Callable[..., Any], head: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Weighted mean cross-entropy of the predictions that count."""
+def loss_of(decoder: Decoder, compiled: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Weighted mean cross-entropy of the predictions that count, plus the helper head's; and what to log."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = backbone(
-            batch.tokens, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        )
-        logits = head(hidden.last_hidden_state.flatten(0, 1)[batch.source])
-    nll = cross_entropy(logits.float(), batch.target, reduction="none")
-    return (nll * batch.weight).sum() / batch.weight.sum()
+        hidden, middle = compiled(batch.tokens, batch.mask, batch.positions)
+        logits = decoder.logits(hidden.flatten(0, 1)[batch.source])
+    nll = F.cross_entropy(logits.float(), batch.target, reduction="none")
+    loss = (nll * batch.weight).sum() / batch.weight.sum().clamp(min=1.0)
+    answers = batch.weight >= 1.0
+    seen = {
+        "loss": float(loss.detach()),
+        "right": float((logits.argmax(-1) == batch.target)[answers].float().mean()),
+    }
+    if len(batch.witness):
+        guess = decoder.witnesses(middle.flatten(0, 1)[batch.witness_at], batch.witness_name)
+        loss = loss + 0.3 * F.binary_cross_entropy_with_logits(guess, batch.witness)
+        seen["witness"] = float(((guess > 0) == (batch.witness > 0)).float().mean())
+    return loss, seen
 
 
-def optimisers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimisers(decoder: Decoder) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for everything else."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    inside = {name: p.ndim == 2 and name.startswith("layers") for name, p in decoder.named_parameters()}
+    matrices = [p for name, p in decoder.named_parameters() if inside[name]]
+    others = [p for name, p in decoder.named_parameters() if not inside[name]]
     return [
-        torch.optim.Muon(matrices, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=1.0, weight_decay=0.01, ns_steps=4, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
-def rate(share: float, step: int) -> float:
-    """Learning-rate multiplier: linear warm-up over 100 steps, constant, linear decay over the last fifth."""
-    return min(1.0, step / 100) * min(1.0, max(0.0, (1.0 - share) / 0.2))
+def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """The mean over processes; a parameter without a gradient counts as zero."""
+    flat = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    )
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
+
+
+def mean_over_processes(value: float) -> float:
+    """So that all processes decide alike."""
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    """One process of the run."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
+    dist.init_process_group("gloo", rank=rank, world_size=args.processes)
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(args.out / "tokenizer")
+    decoder = Decoder(model_config(tokenizer), len(NAMES))
+    optims, parameters, progress = optimisers(decoder), list(decoder.parameters()), Progress()
+    checkpoint = args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        decoder.load_state_dict(saved["decoder"])
+        for optim, values in zip(optims, saved["optims"]):
+            optim.load_state_dict(values)
+        progress = Progress(**saved["progress"])
+    compiled = torch.compile(decoder, dynamic=False)
+    budget, last_saved, last_probe = args.minutes * 60, progress.seconds, progress.seconds
+
+    def log(**entry: Any) -> None:
+        with (args.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps({**asdict(progress), **entry}) + "\n")
+
+    def save() -> None:
+        partial = checkpoint.with_suffix(".tmp")
+        states = [optim.state_dict() for optim in optims]
+        torch.save({"decoder": decoder.state_dict(), "optims": states, "progress": asdict(progress)}, partial)
+        partial.replace(checkpoint)
+
+    while progress.seconds < budget:
+        begun = time.time()
+        stage = STAGES[progress.stage]
+        rows = Rows(tokenizer, stage.width)
+        seed = args.seed + 1000 + progress.chunk * args.processes + rank
+        made = list(rows.stream(stage, seed, STEPS * stage.batch))
+        means: dict[str, list[float]] = defaultdict(list)
+        share = progress.seconds / budget
+        for i in range(STEPS):
+            batch = collate(
+                made[i * stage.batch : (i + 1) * stage.batch], tokenizer.pad_token_id, stage.width
+            )
+            rate = min(1.0, (progress.step + 1) / 50) * min(1.0, (1.0 - share) / args.decay)
+            for optim, base in zip(optims, (args.lr, args.lr / 2)):
+                for group in optim.param_groups:
+                    group["lr"] = base * rate
+            loss, seen = loss_of(decoder, compiled, batch)
+            loss.backward()
+            average_gradients(parameters)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(norm):
+                raise SystemExit(
+                    f"the gradient is not finite at step {progress.step}; run again from {checkpoint} with a "
+                    f"lower --lr than {args.lr}"
+                )
+            for optim in optims:
+                optim.step()
+                optim.zero_grad(set_to_none=True)
+            for name, value in seen.items():
+                means[name].append(value)
+            progress.step += 1
+            progress.tokens += batch.tokens.numel() * args.processes
+        progress.chunk += 1
+        progress.seconds += mean_over_processes(time.time() - begun)
+        right = mean_over_processes(sum(means["right"]) / STEPS)
+        snapshot = progress.tokens % SNAPSHOT < STEPS * batch.tokens.numel() * args.processes
+        done = progress.seconds >= budget
+        if rank == 0:
+            log(**{name: round(sum(values) / len(values), 4) for name, values in means.items()})
+            if done or progress.seconds - last_probe > 240:
+                log(probe=probe(to_hugging_face(decoder), tokenizer))
+            if done or progress.seconds - last_saved > 120:
+                save()
+            if snapshot:
+                half = {name: p.half() for name, p in decoder.state_dict().items()}
+                save_file(half, args.out / f"snapshot-{progress.tokens // SNAPSHOT * SNAPSHOT}.safetensors")
+        if progress.seconds - last_probe > 240:
+            last_probe = progress.seconds
+        if progress.seconds - last_saved > 120:
+            last_saved = progress.seconds
+        if right >= stage.enough or progress.tokens - progress.stage_began > stage.at_most * 1e6:
+            progress.stage, progress.stage_began = progress.stage + 1, progress.tokens
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def process(rank: int, args: argparse.Namespace) -> None:
+    """One process, in the wordings of training."""
+    with more_wordings():
+        train(rank, args)
 
 
 def main() -> None:
@@ -92,79 +192,20 @@ def main() -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=72.0,
+        default=90.0,
         help="budget of training time; resumed runs count what they used",
     )
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.25, help="share of the budget over which lr falls")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--port", type=int, default=29511, help="of this machine, where the processes meet")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    words = args.out / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(words) if words.exists() else build(2304, words)
-    model = LlamaForCausalLM(model_config(tokenizer))
-    optims = optimisers(model)
-    backbone = torch.compile(model.model)  # twice as fast; shares the parameters
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "chunk": 0}
-    checkpoint = args.out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optim, values in zip(optims, saved["optims"]):
-            optim.load_state_dict(values)
-        state = saved["state"]
-    bases = (args.lr, args.lr / 2)
-    budget, last_saved, last_probe = args.minutes * 60, time.time(), state["seconds"]
-
-    def save() -> None:
-        partial = checkpoint.with_suffix(".tmp")
-        torch.save(
-            {"model": model.state_dict(), "optims": [o.state_dict() for o in optims], "state": state}, partial
-        )
-        partial.replace(checkpoint)
-
-    with (args.out / "log.jsonl").open("a") as log:
-        while state["seconds"] < budget:
-            for batch in batches(tokenizer, state["seconds"] / budget, state["chunk"], args.batch):
-                begun = time.time()
-                share = state["seconds"] / budget
-                for optim, base in zip(optims, bases):
-                    for group in optim.param_groups:
-                        group["lr"] = base * rate(share, state["step"] + 1)
-                model.train()
-                loss = loss_of(backbone, model.lm_head, batch)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                if not math.isfinite(float(norm)):
-                    sys.exit(
-                        f"the gradient is not finite at step {state['step']}; "
-                        f"start again from {checkpoint} with a lower --lr"
-                    )
-                for optim in optims:
-                    optim.step()
-                    optim.zero_grad(set_to_none=True)
-                state["step"] += 1
-                state["tokens"] += int(batch.tokens.numel())
-                state["seconds"] += time.time() - begun
-                if state["step"] % 20 == 0:
-                    log.write(json.dumps({**state, "loss": round(float(loss.detach()), 4)}) + "\n")
-                    log.flush()
-                if state["seconds"] - last_probe > 180 or state["seconds"] >= budget:
-                    last_probe = state["seconds"]
-                    log.write(json.dumps({**state, "probe": probe(model.eval(), tokenizer)}) + "\n")
-                    log.flush()
-                if state["seconds"] >= budget:
-                    break
-            state["chunk"] += 1
-            if time.time() - last_saved > 120 or state["seconds"] >= budget:
-                save()
-                last_saved = time.time()
-    (args.out / "args.json").write_text(
-        json.dumps({k: str(v) for k, v in vars(args).items()} | {"stages": [asdict(s) for s in CURRICULUM]})
-    )
+    if not (args.out / "tokenizer").exists():
+        args.out.mkdir(parents=True, exist_ok=True)
+        with more_wordings():
+            build(2304, args.out / "tokenizer")
+    torch.multiprocessing.spawn(process, (args,), nprocs=args.processes)
 
 
 if __name__ == "__main__":
