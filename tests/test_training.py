@@ -107,6 +107,30 @@ def test_a_question_reads_as_if_it_stood_alone_after_its_part_of_the_story(
     assert answers.sum() >= 3
 
 
+def test_looks_lead_to_the_answer_in_a_sentence_that_all_who_are_asked_about_witness(data, rows, tokenizer):
+    looks = 0
+    for number, scene in enumerate(
+        generate_scenes(60, seed=6, split="train", rounds=2, scenarios=("transfer",))
+    ):
+        row = rows.story(scene, Draw("test", number), data.STAGES[-1])
+        if row is None:
+            continue
+        answers = {at: target for at, target, _ in row.predictions}
+        for source, found in row.looks:
+            assert row.block[source]
+            assert max(found) < row.reach[source]
+            assert answers[source] in (row.tokens[at] for at in found)
+            looks += 1
+        seen = data.witnesses(scene)
+        last = len(scene.sentences) - 1
+        for agent in scene.agents:
+            belief = scene.states[last].belief((agent,), "place")
+            i = data.decided_by(scene, "belief", (agent,), last, belief)
+            assert agent in seen[i]
+            assert belief in scene.sentences[i]
+    assert looks > 100
+
+
 def test_repetitions_are_supervised_only_when_they_can_be_known(rows):
     for seed in range(20):
         row = rows.chant(Draw("test", seed), (3, 8), (NAMES,))

@@ -8,6 +8,7 @@ what simple shortcuts would score on the same questions.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections import Counter
@@ -230,7 +231,7 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
     at = numbers["sink"]
     return f"""# The embedded model
 
-A small Llama-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention) trained from scratch on generated stories about who
+A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention with biases) trained from scratch on generated stories about who
 believes what and on generated general text. It makes the main job, the demos and the tests real without a network. Loads offline as a plain
 Hugging Face directory or with `tl_tomsparse.load_model()`.
 
@@ -271,6 +272,8 @@ What rules of thumb would score on the same questions (seen wordings):
 
 ## Along training (dev split, few questions)
 
+![Loss and accuracies along training](curves.svg)
+
 | million tokens | {" | ".join("all agents, new wordings" if c == "new_paired" else tt.plot.LABELS[c] for c in columns)} |
 |---|{"---|" * len(columns)}
 {probes}
@@ -281,6 +284,46 @@ It has seen nothing but these generated stories and texts. What is found on it i
 the answer is known; it says nothing about the size of an effect in a large language model. With about a million weights, the paper's sparsity of 1e-5 is a
 handful of weights, so counts of weights are reported beside kappa.
 """
+
+
+def curves(log: list[dict[str, Any]], file: Path) -> None:
+    """The figure of the card: loss on the training rows, and accuracies on the dev split."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "curves", "svg.fonttype": "none", "font.size": 9}):
+        figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
+        steps = [entry for entry in log if "loss" in entry]
+        millions = [entry["tokens"] / 1e6 for entry in steps]
+        above.plot(millions, [entry["loss"] for entry in steps], color="#4c6a92", label="loss (nats)")
+        above.plot(millions, [entry["right"] for entry in steps], color="#b3622e", label="answers right")
+        for before, after in itertools.pairwise(steps):
+            if after["stage"] != before["stage"]:
+                above.axvline(after["tokens"] / 1e6, color="#bbbbbb", linewidth=0.8)
+        above.set_ylim(0, 3)
+        above.set_ylabel("training rows")
+        above.legend(frameon=False)
+        probes = [entry for entry in log if "probe" in entry]
+        for name in (
+            "reality",
+            "memory",
+            "true_belief",
+            "false_belief",
+            "second_order",
+            "paired",
+            "new_paired",
+        ):
+            label = "all agents, new wordings" if name == "new_paired" else tt.plot.LABELS[name]
+            values = [entry["probe"][name] for entry in probes]
+            below.plot([entry["tokens"] / 1e6 for entry in probes], values, marker=".", label=label)
+        below.set(
+            xlabel="million tokens (grey: the next kind of rows)", ylabel="right, dev split", ylim=(0, 1.02)
+        )
+        below.legend(frameon=False, ncols=2)
+        figure.savefig(file, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def readme_block(numbers: dict[str, Any]) -> str:
@@ -320,6 +363,7 @@ def main() -> None:
     config = json.loads((EMBEDDED / "config.json").read_text())
     log = [json.loads(line) for line in LOG.read_text().splitlines()]
     (EMBEDDED / "README.md").write_text(card(numbers, config, log))
+    curves(log, EMBEDDED / "curves.svg")
     README.write_text(with_block(README.read_text(), readme_block(numbers)))
 
 

@@ -112,6 +112,7 @@ class Row:
     reach: list[int]
     predictions: list[tuple[int, int, float]] = field(default_factory=list)  # from index, target, weight
     witnesses: list[tuple[int, int, float]] = field(default_factory=list)  # at index, name, sees it or not
+    looks: list[tuple[int, list[int]]] = field(default_factory=list)  # from index, where the answer stands
 
     @classmethod
     def story(cls, tokens: list[int]) -> Row:
@@ -207,13 +208,23 @@ class Rows:
 
     def story(self, scene: Scene, draw: Draw, stage: Stage) -> Row | None:
         """The story, then questions after its end and after earlier sentences. None if it is too long."""
-        packed = self._packed(draw, scene.sentences, _questions(scene, draw, stage), STORY_WEIGHT)
+        asked = _questions(scene, draw, stage)
+        packed = self._packed(draw, scene.sentences, [question.packed for question in asked], STORY_WEIGHT)
         if packed is None:
             return None
         row, ends = packed
         if scene.scenario == "transfer":
             for i, agents in enumerate(witnesses(scene)):
                 row.witnesses += [(ends[i] - 1, NAMES.index(a), float(a in agents)) for a in scene.agents]
+        for source, target, _ in row.predictions:
+            number = row.block[source]
+            if number and asked[number - 1].decided is not None:
+                i = asked[number - 1].decided
+                begin, end = (0, row.reach[source]) if i < 0 else (ends[i - 1] if i else 1, ends[i])
+                found = [at for at in range(begin, end) if row.tokens[at] == target]
+                found += [end - 1] if i >= 0 else []
+                if found:
+                    row.looks.append((source, found))
         return row
 
     def text(self, text: str) -> Row:
@@ -284,10 +295,45 @@ def witnesses(scene: Scene) -> list[set[str]]:
     return seen
 
 
-def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[tuple[str, str, int, float]]:
-    """Questions, their answers, the sentence after which each is asked, and its weight; the end comes first,
-    since questions that do not fit are left out.
+def decided_by(scene: Scene, kind: Kind, agents: tuple[str, ...], at: int, answer: str) -> int | None:
+    """The sentence that decides a question asked after sentence `at`: the last one that names the answer,
+    changes what is believed and is witnessed by all `agents`.
+
+    -1 where any mention of the answer is as good (unexpected contents), None if there is no such sentence.
     """
+    if scene.scenario != "transfer":
+        return -1
+    settled = [i for i, state in enumerate(scene.states) if state is not None]
+    named = [answer in re.findall(r"\w+", text) for text in scene.sentences]
+    if kind == "memory":
+        return next((i for i in settled if named[i]), None)
+    seen = witnesses(scene)
+    for i in range(at, settled[0] - 1, -1):
+        before = scene.states[i - 1] if i > settled[0] else None
+        news = scene.states[i] is None or before is None or scene.states[i] != before
+        if named[i] and news and set(agents) <= seen[i]:
+            return i
+    return None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in a row, and the sentence that decides it (`decided_by`)."""
+
+    text: str
+    answer: str
+    at: int
+    weight: float
+    decided: int | None
+
+    @property
+    def packed(self) -> tuple[str, str, int, float]:
+        """What the row holds of it."""
+        return self.text, self.answer, self.at, self.weight
+
+
+def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[Asked]:
+    """The end's questions come first, since those that do not fit are left out."""
     last = len(scene.sentences) - 1
     settled = [i for i, state in enumerate(scene.states) if state is not None]
     pairs = [(a, b) for a in scene.agents for b in scene.agents if a != b]
@@ -305,19 +351,20 @@ def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[tuple[str, str, i
     chosen = []
     for kind, agents, at in asked:
         question = scene.question(kind, agents, form=draw.choice(FORMS), at=at)
-        chosen.append((question.text, question.answer, at, 1.0))
+        decided = decided_by(scene, kind, agents, at, question.answer)
+        chosen.append(Asked(question.text, question.answer, at, 1.0, decided))
     if scene.scenario == "transfer":
         for _ in range(stage.presence):
             at, agent = draw.choice(settled), draw.choice(scene.agents)
             where = "here" if agent in scene.present[at] else "away"
-            chosen.append((f"Right now, {agent} is", where, at, PRESENCE_WEIGHT))
-    return sorted(draw.shuffled(chosen), key=lambda question: question[2] != last)
+            chosen.append(Asked(f"Right now, {agent} is", where, at, PRESENCE_WEIGHT, None))
+    return sorted(draw.shuffled(chosen), key=lambda question: question.at != last)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tensors; `source`, `target` and `weight` list every prediction that counts, the rest what the
-    helper head is asked.
+    """Rows as tensors; `source`, `target` and `weight` list every prediction that counts, `witness*` what the
+    helper head is asked, `look*` where a question's last token ought to look.
     """
 
     tokens: Tensor  # [batch, pos]
@@ -329,6 +376,8 @@ class Batch:
     witness_at: Tensor  # [witness] flat index of the last token of a sentence
     witness_name: Tensor  # [witness] index of the agent in NAMES
     witness: Tensor  # [witness] 1 if the agent sees what the sentence tells
+    look_from: tuple[Tensor, Tensor]  # [look] row and position
+    look_at: Tensor  # [look, pos] True where the answer stands
 
 
 def collate(rows: list[Row], pad: int, width: int) -> Batch:
@@ -351,4 +400,10 @@ def collate(rows: list[Row], pad: int, width: int) -> Batch:
     same = (block[:, :, None] == block[:, None, :]) & (index[:, None] >= index[None, :])
     story = (block[:, None, :] == 0) & (index[None, None, :] < reach[:, :, None])
     mask = torch.where(same | story, 0.0, -1e9)[:, None, None]
-    return Batch(tokens, positions, mask, *listed_flat("predictions"), *listed_flat("witnesses"))
+    looks = [(i, source, found) for i, row in enumerate(rows) for source, found in row.looks]
+    look_at = torch.zeros(len(looks), width, dtype=torch.bool)
+    for number, (_, _, found) in enumerate(looks):
+        look_at[number, found] = True
+    look_from = tuple(torch.tensor([look[k] for look in looks], dtype=torch.long) for k in (0, 1))
+    flat = (*listed_flat("predictions"), *listed_flat("witnesses"))
+    return Batch(tokens, positions, mask, *flat, look_from, look_at)

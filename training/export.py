@@ -32,7 +32,7 @@ def main() -> None:
     to_hugging_face(decoder).half().save_pretrained(args.to)
     tokenizer.save_pretrained(args.to)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
-    kept = [entry for entry in log if "probe" in entry] + [log[-1]]
+    kept = [entry for i, entry in enumerate(log) if "probe" in entry or i % 5 == 0 or i + 1 == len(log)]
     (Path(__file__).parent / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-WITNESS_LAYER = 3
+WITNESS_LAYER = 4
 """After this many layers the helper head reads who sees the event of a sentence."""
 SHIFTS = ((1, 2, 3, 4), (1, 3, None, None))
 """For the heads of the first layers: how many tokens back they look in the beginning."""
@@ -61,8 +61,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.groups * self.d_head)
         self.o_proj = nn.Linear(self.heads * self.d_head, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[batch, pos, d_model] to the same."""
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, pos, d_model] to the same, and the pattern of the first head [batch, pos, pos]."""
         batch, pos, _ = x.shape
         group = self.heads // self.groups
 
@@ -77,10 +77,10 @@ class Attention(nn.Module):
         k = k.squeeze(3).permute(0, 2, 3, 1).reshape(batch * self.groups, self.d_head, pos)
         v = v.permute(0, 2, 1, 3).reshape(batch * self.groups, pos, self.d_head)
         scores = torch.bmm(q, k).float().view(batch, self.groups, group, pos, pos)
-        pattern = (scores * self.d_head**-0.5 + mask).softmax(-1).to(v.dtype)
-        z = torch.bmm(pattern.view(batch * self.groups, group * pos, pos), v)
+        pattern = (scores * self.d_head**-0.5 + mask).softmax(-1)
+        z = torch.bmm(pattern.to(v.dtype).view(batch * self.groups, group * pos, pos), v)
         z = z.view(batch, self.groups, group, pos, self.d_head).permute(0, 3, 1, 2, 4)
-        return self.o_proj(z.reshape(batch, pos, self.heads * self.d_head))
+        return self.o_proj(z.reshape(batch, pos, self.heads * self.d_head)), pattern[:, 0, 0]
 
 
 class MLP(nn.Module):
@@ -107,10 +107,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[batch, pos, d_model] to the same."""
-        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, pos, d_model] to the same, and the pattern of the first head [batch, pos, pos]."""
+        attended, pattern = self.self_attn(self.input_layernorm(x), mask, cos, sin)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), pattern
 
 
 class Decoder(nn.Module):
@@ -147,8 +148,9 @@ class Decoder(nn.Module):
             shift_heads(layer.self_attn, offsets, self.frequencies)
         match_heads(self.layers[0].self_attn, self.layers[MATCH_LAYER].self_attn, self.frequencies)
 
-    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states at the end, and those that the helper head reads; both [batch, pos, d_model].
+    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states at the end and those that the helper head reads, both [batch, pos, d_model]; and the
+        attention pattern of the last layer's first head, [batch, pos, pos].
 
         Args:
             tokens: [batch, pos]
@@ -158,12 +160,11 @@ class Decoder(nn.Module):
         angle = positions.float()[..., None] * self.frequencies
         cos, sin = angle.cos()[:, :, None, None], angle.sin()[:, :, None, None]
         x = self.embed_tokens(tokens)
-        middle = x
         for i, layer in enumerate(self.layers, start=1):
-            x = layer(x, mask, cos, sin)
+            x, pattern = layer(x, mask, cos, sin)
             if i == WITNESS_LAYER:
                 middle = x
-        return self.norm(x), middle
+        return self.norm(x), middle, pattern
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed with the tied embedding."""

@@ -48,9 +48,11 @@ class Progress:
 
 
 def loss_of(decoder: Decoder, compiled: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Weighted mean cross-entropy of the predictions that count, plus the helper head's; and what to log."""
+    """Weighted mean cross-entropy of the predictions that count; plus the helper head's, plus that of where
+    the last layer's first head looks; and what to log.
+    """
     with torch.autocast("cpu", torch.bfloat16):
-        hidden, middle = compiled(batch.tokens, batch.mask, batch.positions)
+        hidden, middle, pattern = compiled(batch.tokens, batch.mask, batch.positions)
         logits = decoder.logits(hidden.flatten(0, 1)[batch.source])
     nll = F.cross_entropy(logits.float(), batch.target, reduction="none")
     loss = (nll * batch.weight).sum() / batch.weight.sum().clamp(min=1.0)
@@ -61,8 +63,13 @@ def loss_of(decoder: Decoder, compiled: Any, batch: Batch) -> tuple[Tensor, dict
     }
     if len(batch.witness):
         guess = decoder.witnesses(middle.flatten(0, 1)[batch.witness_at], batch.witness_name)
-        loss = loss + 0.3 * F.binary_cross_entropy_with_logits(guess, batch.witness)
+        weight = 3.0 - 2.0 * batch.witness  # few are away
+        loss = loss + 0.3 * F.binary_cross_entropy_with_logits(guess, batch.witness, weight)
         seen["witness"] = float(((guess > 0) == (batch.witness > 0)).float().mean())
+    if len(batch.look_at):
+        looked = (pattern[batch.look_from] * batch.look_at).sum(-1)
+        loss = loss - 0.4 * (looked + 1e-5).log().mean()
+        seen["looked"] = float(looked.detach().mean())
     return loss, seen
 
 
