@@ -121,6 +121,9 @@ def test_looks_lead_to_the_answer_in_a_sentence_that_all_who_are_asked_about_wit
             assert max(found) < row.reach[source]
             assert answers[source] in (row.tokens[at] for at in found)
             looks += 1
+        for source, names in row.about:
+            question = tokenizer.decode([t for t, b in zip(row.tokens, row.block) if b == row.block[source]])
+            assert {NAMES[name] for name in names} == set(scene.agents) & set(re.findall(r"\w+", question))
         seen = data.witnesses(scene)
         last = len(scene.sentences) - 1
         for agent in scene.agents:

@@ -113,6 +113,7 @@ class Row:
     predictions: list[tuple[int, int, float]] = field(default_factory=list)  # from index, target, weight
     witnesses: list[tuple[int, int, float]] = field(default_factory=list)  # at index, name, sees it or not
     looks: list[tuple[int, list[int]]] = field(default_factory=list)  # from index, where the answer stands
+    about: list[tuple[int, list[int]]] = field(default_factory=list)  # at index, names a question is about
 
     @classmethod
     def story(cls, tokens: list[int]) -> Row:
@@ -218,6 +219,8 @@ class Rows:
                 row.witnesses += [(ends[i] - 1, NAMES.index(a), float(a in agents)) for a in scene.agents]
         for source, target, _ in row.predictions:
             number = row.block[source]
+            if number and asked[number - 1].agents:
+                row.about.append((source, [NAMES.index(a) for a in asked[number - 1].agents]))
             if number and asked[number - 1].decided is not None:
                 i = asked[number - 1].decided
                 begin, end = (0, row.reach[source]) if i < 0 else (ends[i - 1] if i else 1, ends[i])
@@ -324,7 +327,8 @@ class Asked:
     answer: str
     at: int
     weight: float
-    decided: int | None
+    agents: tuple[str, ...] = ()
+    decided: int | None = None
 
     @property
     def packed(self) -> tuple[str, str, int, float]:
@@ -352,12 +356,12 @@ def _questions(scene: Scene, draw: Draw, stage: Stage) -> list[Asked]:
     for kind, agents, at in asked:
         question = scene.question(kind, agents, form=draw.choice(FORMS), at=at)
         decided = decided_by(scene, kind, agents, at, question.answer)
-        chosen.append(Asked(question.text, question.answer, at, 1.0, decided))
+        chosen.append(Asked(question.text, question.answer, at, 1.0, agents, decided))
     if scene.scenario == "transfer":
         for _ in range(stage.presence):
             at, agent = draw.choice(settled), draw.choice(scene.agents)
             where = "here" if agent in scene.present[at] else "away"
-            chosen.append(Asked(f"Right now, {agent} is", where, at, PRESENCE_WEIGHT, None))
+            chosen.append(Asked(f"Right now, {agent} is", where, at, PRESENCE_WEIGHT))
     return sorted(draw.shuffled(chosen), key=lambda question: question.at != last)
 
 
@@ -378,6 +382,8 @@ class Batch:
     witness: Tensor  # [witness] 1 if the agent sees what the sentence tells
     look_from: tuple[Tensor, Tensor]  # [look] row and position
     look_at: Tensor  # [look, pos] True where the answer stands
+    about_at: Tensor  # [about] flat index of a question's last token
+    about: Tensor  # [about, name] the agents that it is about share a weight of 1
 
 
 def collate(rows: list[Row], pad: int, width: int) -> Batch:
@@ -405,5 +411,10 @@ def collate(rows: list[Row], pad: int, width: int) -> Batch:
     for number, (_, _, found) in enumerate(looks):
         look_at[number, found] = True
     look_from = tuple(torch.tensor([look[k] for look in looks], dtype=torch.long) for k in (0, 1))
+    abouts = [(i * width + at, names) for i, row in enumerate(rows) for at, names in row.about]
+    about = torch.zeros(len(abouts), len(NAMES))
+    for number, (_, names) in enumerate(abouts):
+        about[number, names] = 1 / len(names)
+    about_at = torch.tensor([at for at, _ in abouts], dtype=torch.long)
     flat = (*listed_flat("predictions"), *listed_flat("witnesses"))
-    return Batch(tokens, positions, mask, *flat, look_from, look_at)
+    return Batch(tokens, positions, mask, *flat, look_from, look_at, about_at, about)

@@ -7,7 +7,8 @@ choices at the start without which looking things up by a name does not form (se
 * *A starting point for look-ups.* Some heads of the first layers begin by looking a fixed number of tokens
   back (`shift_heads`), and two heads of a later layer by looking at what stood near the same word before
   (`match_heads`), over the slow rotary frequencies: the fast ones turn by more than a radian between the two
-  places, so whatever is compared along them comes out at random. All are trained like every other head.
+  places, so whatever is compared along them comes out at random. The last layer's first two heads begin by
+  comparing who is asked about with who saw (`witness_heads`). All are trained like every other head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 WITNESS_LAYER = 4
-"""After this many layers the helper head reads who sees the event of a sentence."""
+"""After this many layers the helper head reads who sees a sentence's event, and whom a question is about."""
 SHIFTS = ((1, 2, 3, 4), (1, 3, None, None))
 """For the heads of the first layers: how many tokens back they look in the beginning."""
 MATCH_LAYER = 2
@@ -116,7 +117,7 @@ class Layer(nn.Module):
 
 class Decoder(nn.Module):
     """The decoder with its helper head, which training alone uses: for every name, does this agent see what
-    the sentence tells?
+    the sentence tells, or is the question about this agent?
     """
 
     def __init__(self, config: Qwen2Config, n_names: int) -> None:
@@ -147,6 +148,7 @@ class Decoder(nn.Module):
         for layer, offsets in zip(self.layers, SHIFTS):
             shift_heads(layer.self_attn, offsets, self.frequencies)
         match_heads(self.layers[0].self_attn, self.layers[MATCH_LAYER].self_attn, self.frequencies)
+        witness_heads(self.layers[-1].self_attn, self.witness, self.frequencies)
 
     def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states at the end and those that the helper head reads, both [batch, pos, d_model]; and the
@@ -170,10 +172,9 @@ class Decoder(nn.Module):
         """Unembed with the tied embedding."""
         return hidden @ self.embed_tokens.weight.T
 
-    def witnesses(self, hidden: Tensor, names: Tensor) -> Tensor:
-        """Logits that `names` [n] see what the sentences that end in `hidden` [n, d_model] tell."""
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:])
-        return (normed * self.witness.weight[names]).sum(-1) + self.witness.bias[names]
+    def witnesses(self, hidden: Tensor) -> Tensor:
+        """Logits for every name at `hidden` [n, d_model]: sees what the sentence tells, or is asked about."""
+        return self.witness(F.rms_norm(hidden.float(), hidden.shape[-1:]))
 
 
 def shift_heads(attention: Attention, offsets: tuple[int | None, ...], frequencies: Tensor) -> None:
@@ -200,8 +201,7 @@ def match_heads(shift: Attention, match: Attention, frequencies: Tensor) -> None
     """Let the heads of `shift` write what they see into directions of its own, and those of the first
     key-value head of `match` compare a word, or what such heads wrote, with what they wrote elsewhere.
 
-    Comparing goes over the slow rotary pairs alone (more than 500 tokens a turn), and what is found is
-    copied.
+    Comparing goes over the slow rotary pairs alone, and what is found is copied.
     """
     d_head, d_model = shift.d_head, shift.q_proj.in_features
     turned = torch.linalg.qr(torch.randn(d_model, d_model))[0]
@@ -212,8 +212,7 @@ def match_heads(shift: Attention, match: Attention, frequencies: Tensor) -> None
     )
     shift.v_proj.weight.copy_(read.T.repeat(shift.groups, 1))
     shift.o_proj.weight.copy_(0.08 * written.repeat(1, shift.heads))
-    slow = (frequencies < 2 * math.pi / 500).nonzero()[:, 0]
-    rows = torch.cat((slow, slow + d_head // 2))
+    rows = slow_rows(frequencies)
     n = len(rows)
     match.k_proj.weight[:d_head] = 0.0
     match.k_proj.weight[rows] = written.T[:n]
@@ -222,6 +221,27 @@ def match_heads(shift: Attention, match: Attention, frequencies: Tensor) -> None
         match.q_proj.weight[head * d_head : (head + 1) * d_head] = 0.0
         match.q_proj.weight[rows + head * d_head] = (read + written).T[:n]
         match.o_proj.weight[:, head * d_head : (head + 1) * d_head] = 0.1 * copied
+
+
+def witness_heads(attention: Attention, witness: nn.Linear, frequencies: Tensor) -> None:
+    """Let the first key-value head compare what the helper head reads where a question ends and where an
+    event is told, over the slow rotary pairs.
+    """
+    d_head, d_model = attention.d_head, attention.q_proj.in_features
+    rows = slow_rows(frequencies)
+    axes = torch.linalg.qr(torch.randn(d_model, len(rows)))[0]
+    witness.weight.copy_(torch.randn(witness.out_features, len(rows)) @ axes.T * d_model**-0.5)
+    attention.k_proj.weight[:d_head] = 0.0
+    attention.k_proj.weight[rows] = axes.T
+    for head in range(attention.heads // attention.groups):
+        attention.q_proj.weight[head * d_head : (head + 1) * d_head] = 0.0
+        attention.q_proj.weight[rows + head * d_head] = axes.T
+
+
+def slow_rows(frequencies: Tensor) -> Tensor:
+    """Axes of a head along which content can be compared: pairs that take more than 500 tokens for a turn."""
+    slow = (frequencies < 2 * math.pi / 500).nonzero()[:, 0]
+    return torch.cat((slow, slow + len(frequencies)))
 
 
 def to_hugging_face(decoder: Decoder) -> Qwen2ForCausalLM:

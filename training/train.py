@@ -62,10 +62,15 @@ def loss_of(decoder: Decoder, compiled: Any, batch: Batch) -> tuple[Tensor, dict
         "right": float((logits.argmax(-1) == batch.target)[answers].float().mean()),
     }
     if len(batch.witness):
-        guess = decoder.witnesses(middle.flatten(0, 1)[batch.witness_at], batch.witness_name)
+        every = decoder.witnesses(middle.flatten(0, 1)[batch.witness_at])
+        guess = every.gather(1, batch.witness_name[:, None])[:, 0]
         weight = 3.0 - 2.0 * batch.witness  # few are away
         loss = loss + 0.3 * F.binary_cross_entropy_with_logits(guess, batch.witness, weight)
         seen["witness"] = float(((guess > 0) == (batch.witness > 0)).float().mean())
+    if len(batch.about):
+        about = decoder.witnesses(middle.flatten(0, 1)[batch.about_at])
+        loss = loss + 0.3 * F.cross_entropy(about, batch.about)
+        seen["about"] = float((batch.about.gather(1, about.argmax(-1, keepdim=True)) > 0).float().mean())
     if len(batch.look_at):
         looked = (pattern[batch.look_from] * batch.look_at).sum(-1)
         loss = loss - 0.4 * (looked + 1e-5).log().mean()
