@@ -4,6 +4,7 @@ are the logic's, and the network is the one that transformers writes.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -66,10 +67,16 @@ def blocks(row):
         yield where, [row.tokens[i] for i in where], row.reach[where[0]], answers[where[-1]]
 
 
-def test_answers_are_those_of_the_logic(data, rows, tokenizer):
+@pytest.fixture(scope="module")
+def stage(data):
+    """The last stage, with every word as it should be."""
+    return dataclasses.replace(data.STAGES[-1], noise=0.0)
+
+
+def test_answers_are_those_of_the_logic(stage, rows, tokenizer):
     asked = 0
     for number, scene in enumerate(generate_scenes(80, seed=4, split="train")):
-        row = rows.story(scene, Draw("test", number), data.STAGES[-1])
+        row = rows.story(scene, Draw("test", number), stage)
         if row is None:
             continue
         assert len(row.tokens) <= WIDTH
@@ -89,12 +96,12 @@ def test_answers_are_those_of_the_logic(data, rows, tokenizer):
 
 
 def test_a_question_reads_as_if_it_stood_alone_after_its_part_of_the_story(
-    data, rows, model, decoder, tokenizer
+    data, stage, rows, model, decoder, tokenizer
 ):
     """Hidden states under the block mask equal those of the plain prompt, in transformers' own network."""
     plain = model.to_hugging_face(decoder)
     scene = next(generate_scenes(1, seed=8, split="train"))
-    row = rows.story(scene, Draw("test", 1), data.STAGES[-1])
+    row = rows.story(scene, Draw("test", 1), stage)
     batch = data.collate([row], tokenizer.pad_token_id, WIDTH)
     with torch.no_grad():
         packed = decoder.logits(decoder(batch.tokens, batch.mask, batch.positions)[0])[0]
@@ -107,12 +114,28 @@ def test_a_question_reads_as_if_it_stood_alone_after_its_part_of_the_story(
     assert answers.sum() >= 3
 
 
-def test_looks_lead_to_the_answer_in_a_sentence_that_all_who_are_asked_about_witness(data, rows, tokenizer):
+def test_noise_leaves_names_things_and_places_and_the_questions_answers(data, stage, rows, tokenizer):
+    scene = next(generate_scenes(1, seed=8, split="train"))
+    plain = rows.story(scene, Draw("test", 0), stage)
+    changed = 0
+    for seed in range(30):
+        spoilt = dataclasses.replace(plain, tokens=list(plain.tokens))
+        rows._spoil(spoilt, Draw("noise", seed), 0.2)
+        for before, after in zip(plain.tokens, spoilt.tokens):
+            changed += before != after
+            if before != after:
+                assert tokenizer.decode([before]).strip() not in [*scene.agents, *scene.values]
+    assert changed > 100
+
+
+def test_looks_lead_to_the_answer_in_a_sentence_that_all_who_are_asked_about_witness(
+    data, stage, rows, tokenizer
+):
     looks = 0
     for number, scene in enumerate(
         generate_scenes(60, seed=6, split="train", rounds=2, scenarios=("transfer",))
     ):
-        row = rows.story(scene, Draw("test", number), data.STAGES[-1])
+        row = rows.story(scene, Draw("test", number), stage)
         if row is None:
             continue
         answers = {at: target for at, target, _ in row.predictions}

@@ -100,29 +100,32 @@ def sink(model: object, stories: list[Story]) -> tuple[float, int, int]:
     return best
 
 
-def lookup(model: object, n: int) -> float:
-    """Key-value recall: "Anna has a red ball. ... The ball of Anna is" -> red, likeliest next token, held-out
-    texts.
+@torch.no_grad()
+def lookup(model: object, n: int) -> list[dict[str, float]]:
+    """Key-value recall by distance: "Anna has a red ball. ... The ball of Anna is" -> red, likeliest next token.
+
+    Held-out texts of 4 to 22 sentences; the distance, in tokens, is from the fact's last word to the answer.
     """
     model_view = view(model)
-    right = total = 0
-    for text in tt.generate_texts(n, seed=9, split="test", kinds=("lookup",)):
-        for match in re.finditer(r"The \w+ of \w+ is (\w+)", text):
-            prompt, answer = text[: match.start(1)].rstrip(), match[1]
-            tokens = torch.tensor(
-                [
-                    [
-                        model_view.bos_token_id,
-                        *model_view.tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                    ]
-                ]
-            )
-            logits = model_view.logits(
-                tokens.to(model_view.device), torch.ones_like(tokens).to(model_view.device)
-            )
-            word = model_view.tokenizer.decode(logits[0, -1].argmax()).strip()
-            right, total = right + (word == answer), total + 1
-    return right / total
+    marks: dict[int, list[bool]] = {}
+    for i in range(n):
+        (text,) = tt.generate_texts(1, seed=900 + i, split="test", kinds=("lookup",), sentences=4 + i % 19)
+        for match in re.finditer(r"The (\w+) of (\w+) is (\w+)", text):
+            thing, name, answer = match.groups()
+            fact = re.search(rf"{name} has an? \w+ {thing}", text)
+            assert fact is not None
+            encode = model_view.tokenizer
+            prompt = encode(text[: match.start(3)].rstrip(), add_special_tokens=False)["input_ids"]
+            distance = len(prompt) - len(encode(text[: fact.end()], add_special_tokens=False)["input_ids"])
+            tokens = torch.tensor([[model_view.bos_token_id, *prompt]]).to(model_view.device)
+            logits = model_view.logits(tokens, torch.ones_like(tokens))
+            word = encode.decode(logits[0, -1].argmax()).strip()
+            marks.setdefault(distance // 32, []).append(word == answer)
+    return [
+        {"from": 32 * k, "to": 32 * k + 31, "n": len(right), "recall": sum(right) / len(right)}
+        for k, right in sorted(marks.items())
+        if len(right) >= 20
+    ]
 
 
 def measure(n: int) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def measure(n: int) -> dict[str, Any]:
         "new": new.to_dict("records"),
         "second_order_paired": second_order_paired(model, stories),
         "shortcuts": shortcuts(stories),
-        "lookup": lookup(model, 60),
+        "lookup": lookup(model, 300),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
         "tokens": log[-1]["tokens"],
@@ -229,6 +232,10 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
         if "probe" in entry
     )
     at = numbers["sink"]
+    recall = ", ".join(
+        f"{row['recall']:.3f} at {row['from']} to {row['to']} tokens (n = {row['n']})"
+        for row in numbers["lookup"]
+    )
     return f"""# The embedded model
 
 A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention with biases) trained from scratch on generated stories about who
@@ -257,7 +264,7 @@ Wordings kept from training:
 {table(numbers["new"])}
 
 First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
-{numbers["lookup"]:.3f}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
+{recall}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
 with mean attention {at["attention"]:.3f}.
 
 What rules of thumb would score on the same questions (seen wordings):

@@ -25,7 +25,7 @@ from wordings import EXTRA
 
 from tl_tomsparse.stories import generate_texts, wording
 from tl_tomsparse.stories.generate import FORMS, generate_scenes
-from tl_tomsparse.stories.lexicon import COLOURS, CONTENTS, NAMES, PLACES, ROOMS, THINGS, Draw
+from tl_tomsparse.stories.lexicon import COLOURS, CONTENTS, NAMES, PACKAGES, PLACES, ROOMS, THINGS, Draw
 from tl_tomsparse.stories.scenarios import Scene
 from tl_tomsparse.stories.story import Kind
 from tl_tomsparse.stories.wording import listed, sentence
@@ -68,6 +68,7 @@ class Stage:
     shapes: tuple[int, ...] = (0,)  # indices of SHAPES, drawn equally often
     second_order: float = 0.0  # chance of each second-order question
     presence: int = 0  # questions about who is there, in each transfer story
+    noise: float = 0.0  # share of the small words that half of the stories get wrong
 
 
 STAGES = (
@@ -75,19 +76,16 @@ STAGES = (
     Stage(8, 0.90, batch=24, width=128, chant=1.0, facts=(4, 9)),
     Stage(12, 0.90, batch=16, width=192, chant=0.5, lookup=0.5, facts=(3, 9)),
     Stage(
-        25, 0.97, batch=16, width=192, chant=0.08, lookup=0.22, general=0.08,
+        25, 0.94, batch=16, width=192, chant=0.08, lookup=0.22, general=0.08,
         agents=(2, 3), shapes=(0, 0, 0, 5, 1), presence=4,
     ),
     Stage(
-        40, 0.98, batch=16, width=192, chant=0.05, lookup=0.13, general=0.12, facts=(3, 12),
-        shapes=(0, 1, 1, 2, 3, 4, 5), second_order=0.1, presence=2,
-    ),
-    Stage(
-        float("inf"), float("inf"), batch=16, width=192, chant=0.04, lookup=0.10, general=0.14, facts=(3, 12),
-        agents=(2, 5), shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.25, presence=1,
+        float("inf"), float("inf"), batch=16, width=192, chant=0.05, lookup=0.12, general=0.14, facts=(3, 12),
+        shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, noise=0.05,
     ),
 )  # fmt: skip
 """Looking things up by a name first: short, longer, in sentences. Then stories, second order last."""
+LEXICON = (NAMES, THINGS, PLACES, ROOMS, CONTENTS, PACKAGES)
 STORY_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT, PRESENCE_WEIGHT = 0.05, 0.02, 0.3, 0.5
 SHARE = 0.3  # of a story's words that are predicted, each weighing more by as much
 
@@ -130,6 +128,13 @@ class Rows:
         self.encode = lru_cache(200_000)(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         )
+        keep = {id_ for pool in LEXICON for word in pool for id_ in self.encode(word)}
+        self.all_small_words = [
+            id_
+            for word, id_ in sorted(tokenizer.get_vocab().items())
+            if id_ not in keep and len(word) > 2 and id_ not in tokenizer.all_special_ids
+        ]
+        self.small_words = set(self.all_small_words)
 
     def chant(self, draw: Draw, facts: tuple[int, int], keys: Sequence[Sequence[str]]) -> Row:
         """All facts once, then again and again in random order: "Leo park. Ida lake. Leo" -> park.
@@ -214,6 +219,8 @@ class Rows:
         if packed is None:
             return None
         row, ends = packed
+        if stage.noise and draw.coin():
+            self._spoil(row, draw, stage.noise)
         if scene.scenario == "transfer":
             for i, agents in enumerate(witnesses(scene)):
                 row.witnesses += [(ends[i] - 1, NAMES.index(a), float(a in agents)) for a in scene.agents]
@@ -229,6 +236,14 @@ class Rows:
                 if found:
                     row.looks.append((source, found))
         return row
+
+    def _spoil(self, row: Row, draw: Draw, share: float) -> None:
+        """Put other words in place of some that are no name, thing, place or contents: a wording never seen
+        has words in odd places, too. Only what is read changes, not what is predicted.
+        """
+        for i, token in enumerate(row.tokens):
+            if token in self.small_words and draw.coin(share):
+                row.tokens[i] = draw.choice(self.all_small_words)
 
     def text(self, text: str) -> Row:
         """General text: every token counts."""
