@@ -242,7 +242,7 @@ A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query 
 believes what and on generated general text. It makes the main job, the demos and the tests real without a network. Loads offline as a plain
 Hugging Face directory or with `tl_tomsparse.load_model()`.
 
-* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["head_dim"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
+* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["hidden_size"] // config["num_attention_heads"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
 * trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two shared CPU cores; see `training/`
 * fingerprint {numbers["fingerprint"]}
 * licence: MIT, as the package; no third-party text or weights
