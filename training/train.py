@@ -216,7 +216,7 @@ def main() -> None:
     if not (args.out / "tokenizer").exists():
         args.out.mkdir(parents=True, exist_ok=True)
         with more_wordings():
-            build(2304, args.out / "tokenizer")
+            build(2560, args.out / "tokenizer")
     torch.multiprocessing.spawn(process, (args,), nprocs=args.processes)
 
 
