@@ -46,6 +46,16 @@ def test_logits_are_those_of_the_original(kind: str, backend: str) -> None:
     assert model.tokenizer.decode(TOKENS[0, :1]) == "<bos>"
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@every_backend
+def test_the_tokenizer_is_the_one_that_was_saved(kind: str, backend: str) -> None:
+    saved, found = tiny.build_tokenizer(), tiny.model(kind, backend).tokenizer
+    assert found.get_vocab() == saved.get_vocab()
+    for text in (*tiny.CORPUS, "SallyAnna  12 can't\n"):
+        ids = saved(text, add_special_tokens=False)["input_ids"]
+        assert found(text, add_special_tokens=False)["input_ids"] == ids
+
+
 @every_backend
 def test_dtype_and_name(backend: str) -> None:
     model = tiny.model("llama", backend, dtype=torch.bfloat16)

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model import HookedTransformer
@@ -141,7 +142,7 @@ def _load_hf(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
             raise TomsparseError(f"{path} is an encoder-decoder; a decoder-only model is needed.")
         if getattr(config, "quantization_config", None) is not None:
             raise TomsparseError(f"{path} is quantised: no single weight can be edited. Use the original.")
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+        tokenizer = _load_tokenizer(path, local)
         hf = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="eager", local_files_only=local
         )
@@ -153,6 +154,24 @@ def _load_hf(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if not hf.config.architectures:
         hf.config.architectures = [type(hf).__name__]  # TransformerLens chooses its adapter by it
     return hf.eval(), tokenizer
+
+
+def _load_tokenizer(path: str, local: bool) -> Any:
+    """The tokenizer that was saved with the model.
+
+    For some architectures, Qwen2 among them, `AutoTokenizer` takes the class of the published models, which
+    splits words in its own way and adds a token, although the directory declares that `tokenizer.json` is
+    all there is.
+    """
+    declared = get_tokenizer_config(path, local_files_only=local).get("tokenizer_class")
+    if declared not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        return AutoTokenizer.from_pretrained(path, local_files_only=local)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=local)
+    if tokenizer.bos_token is None:
+        return tokenizer
+    # TransformerLens wants a tokenizer that puts BOS first, and reads one that does not again with
+    # AutoTokenizer.
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=local, add_bos_token=True)
 
 
 def _make_bridge(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype: torch.dtype) -> Any:

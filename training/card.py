@@ -8,6 +8,7 @@ what simple shortcuts would score on the same questions.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections import Counter
@@ -99,29 +100,32 @@ def sink(model: object, stories: list[Story]) -> tuple[float, int, int]:
     return best
 
 
-def lookup(model: object, n: int) -> float:
-    """Key-value recall: "Anna has a red ball. ... The ball of Anna is" -> red, likeliest next token, held-out
-    texts.
+@torch.no_grad()
+def lookup(model: object, n: int) -> list[dict[str, float]]:
+    """Key-value recall by distance: "Anna has a red ball. ... The ball of Anna is" -> red, likeliest next token.
+
+    Held-out texts of 4 to 22 sentences; the distance, in tokens, is from the fact's last word to the answer.
     """
     model_view = view(model)
-    right = total = 0
-    for text in tt.generate_texts(n, seed=9, split="test", kinds=("lookup",)):
-        for match in re.finditer(r"The \w+ of \w+ is (\w+)", text):
-            prompt, answer = text[: match.start(1)].rstrip(), match[1]
-            tokens = torch.tensor(
-                [
-                    [
-                        model_view.bos_token_id,
-                        *model_view.tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                    ]
-                ]
-            )
-            logits = model_view.logits(
-                tokens.to(model_view.device), torch.ones_like(tokens).to(model_view.device)
-            )
-            word = model_view.tokenizer.decode(logits[0, -1].argmax()).strip()
-            right, total = right + (word == answer), total + 1
-    return right / total
+    marks: dict[int, list[bool]] = {}
+    for i in range(n):
+        (text,) = tt.generate_texts(1, seed=900 + i, split="test", kinds=("lookup",), sentences=4 + i % 19)
+        for match in re.finditer(r"The (\w+) of (\w+) is (\w+)", text):
+            thing, name, answer = match.groups()
+            fact = re.search(rf"{name} has an? \w+ {thing}", text)
+            assert fact is not None
+            encode = model_view.tokenizer
+            prompt = encode(text[: match.start(3)].rstrip(), add_special_tokens=False)["input_ids"]
+            distance = len(prompt) - len(encode(text[: fact.end()], add_special_tokens=False)["input_ids"])
+            tokens = torch.tensor([[model_view.bos_token_id, *prompt]]).to(model_view.device)
+            logits = model_view.logits(tokens, torch.ones_like(tokens))
+            word = encode.decode(logits[0, -1].argmax()).strip()
+            marks.setdefault(distance // 32, []).append(word == answer)
+    return [
+        {"from": 32 * k, "to": 32 * k + 31, "n": len(right), "recall": sum(right) / len(right)}
+        for k, right in sorted(marks.items())
+        if len(right) >= 20
+    ]
 
 
 def measure(n: int) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def measure(n: int) -> dict[str, Any]:
         "new": new.to_dict("records"),
         "second_order_paired": second_order_paired(model, stories),
         "shortcuts": shortcuts(stories),
-        "lookup": lookup(model, 60),
+        "lookup": lookup(model, 300),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
         "tokens": log[-1]["tokens"],
@@ -228,13 +232,17 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
         if "probe" in entry
     )
     at = numbers["sink"]
+    recall = ", ".join(
+        f"{row['recall']:.3f} at {row['from']} to {row['to']} tokens (n = {row['n']})"
+        for row in numbers["lookup"]
+    )
     return f"""# The embedded model
 
-A small Llama-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention) trained from scratch on generated stories about who
+A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention with biases) trained from scratch on generated stories about who
 believes what and on generated general text. It makes the main job, the demos and the tests real without a network. Loads offline as a plain
 Hugging Face directory or with `tl_tomsparse.load_model()`.
 
-* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["head_dim"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
+* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["hidden_size"] // config["num_attention_heads"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
 * trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two shared CPU cores; see `training/`
 * fingerprint {numbers["fingerprint"]}
 * licence: MIT, as the package; no third-party text or weights
@@ -256,7 +264,7 @@ Wordings kept from training:
 {table(numbers["new"])}
 
 First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
-{numbers["lookup"]:.3f}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
+{recall}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
 with mean attention {at["attention"]:.3f}.
 
 What rules of thumb would score on the same questions (seen wordings):
@@ -271,6 +279,8 @@ What rules of thumb would score on the same questions (seen wordings):
 
 ## Along training (dev split, few questions)
 
+![Loss and accuracies along training](curves.svg)
+
 | million tokens | {" | ".join("all agents, new wordings" if c == "new_paired" else tt.plot.LABELS[c] for c in columns)} |
 |---|{"---|" * len(columns)}
 {probes}
@@ -281,6 +291,46 @@ It has seen nothing but these generated stories and texts. What is found on it i
 the answer is known; it says nothing about the size of an effect in a large language model. With about a million weights, the paper's sparsity of 1e-5 is a
 handful of weights, so counts of weights are reported beside kappa.
 """
+
+
+def curves(log: list[dict[str, Any]], file: Path) -> None:
+    """The figure of the card: loss on the training rows, and accuracies on the dev split."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": "curves", "svg.fonttype": "none", "font.size": 9}):
+        figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
+        steps = [entry for entry in log if "loss" in entry]
+        millions = [entry["tokens"] / 1e6 for entry in steps]
+        above.plot(millions, [entry["loss"] for entry in steps], color="#4c6a92", label="loss (nats)")
+        above.plot(millions, [entry["right"] for entry in steps], color="#b3622e", label="answers right")
+        for before, after in itertools.pairwise(steps):
+            if after["stage"] != before["stage"]:
+                above.axvline(after["tokens"] / 1e6, color="#bbbbbb", linewidth=0.8)
+        above.set_ylim(0, 3)
+        above.set_ylabel("training rows")
+        above.legend(frameon=False)
+        probes = [entry for entry in log if "probe" in entry]
+        for name in (
+            "reality",
+            "memory",
+            "true_belief",
+            "false_belief",
+            "second_order",
+            "paired",
+            "new_paired",
+        ):
+            label = "all agents, new wordings" if name == "new_paired" else tt.plot.LABELS[name]
+            values = [entry["probe"][name] for entry in probes]
+            below.plot([entry["tokens"] / 1e6 for entry in probes], values, marker=".", label=label)
+        below.set(
+            xlabel="million tokens (grey: the next kind of rows)", ylabel="right, dev split", ylim=(0, 1.02)
+        )
+        below.legend(frameon=False, ncols=2)
+        figure.savefig(file, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def readme_block(numbers: dict[str, Any]) -> str:
@@ -320,6 +370,7 @@ def main() -> None:
     config = json.loads((EMBEDDED / "config.json").read_text())
     log = [json.loads(line) for line in LOG.read_text().splitlines()]
     (EMBEDDED / "README.md").write_text(card(numbers, config, log))
+    curves(log, EMBEDDED / "curves.svg")
     README.write_text(with_block(README.read_text(), readme_block(numbers)))
 
 
