@@ -38,9 +38,16 @@ class Weights:
         self.reasons: dict[str, str] = {}
         every = [(layer, matrix) for layer in range(int(model.cfg.n_layers)) for matrix in MATRICES]
         self.readable: list[Key] = [key for key in every if self._is_readable(key)]
-        if not any(matrix in IN_ATTENTION for _, matrix in self.readable):
+        readable = {matrix for _, matrix in self.readable}
+        if not readable & set(IN_ATTENTION):
             why = "; ".join(dict.fromkeys(self.reasons.values()))
             raise TomsparseError(f"{name} has no attention matrices that can be addressed: {why}.")
+        if not readable & {"Q", "K"}:
+            raise TomsparseError(
+                f"{name} has no Q and K matrices of its own: its attention makes queries and keys by several "
+                "matrices (as multi-head latent attention, MLA, does), none of which is one linear map from "
+                "the residual stream."
+            )
 
     def parameter(self, key: Key) -> Tensor:
         """The parameter that holds a matrix, as the model has it."""

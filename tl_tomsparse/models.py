@@ -1,8 +1,8 @@
 """`load_model`: the embedded model, a local directory, or a name on the Hugging Face hub.
 
 Models are loaded in evaluation mode with raw weights (no folded norms, no centring), eager attention, and
-their tokenizer. A `HookedTransformer` is converted by TransformerLens and offered only if its logits are
-those of the original model.
+their tokenizer. What TransformerLens makes of a model is offered only if its logits are those of the
+original.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def load_model(
     path, name = _resolve_source(source)
     hf, tokenizer = _load_hf(path, dtype)
     hf.to(where)
+    tokens, expected = _logits_before(hf, where)
     make = _make_bridge if backend == "bridge" else _make_hooked
     try:
         model = make(hf, tokenizer, path, where, dtype)
@@ -83,6 +84,7 @@ def load_model(
             f"TransformerLens cannot make a {backend} model of {path} ({hf.config.model_type}): "
             f"{_first_line(error)}."
         ) from error
+    _check_logits(model, tokens, expected, backend)
     model.cfg.model_name = name
     return model.eval()
 
@@ -198,23 +200,31 @@ def _make_hooked(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     model.to(device, print_details=False)
-    _check_logits(hf, model, device)
     return model
 
 
-def _check_logits(hf: Any, model: Any, device: torch.device) -> None:
-    """Refuse a conversion that changes the function; a few tens of positions show wrong rotary angles."""
-    length = min(64, int(model.cfg.n_ctx))
-    tokens = (torch.arange(length, device=device) * 7919).remainder(int(model.cfg.d_vocab))[None]
-    expected: Tensor = hf(tokens).logits.float()
+@torch.no_grad()
+def _logits_before(hf: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Some tokens and the original's logits for them, before TransformerLens works on it; a few tens of
+    positions show wrong rotary angles.
+    """
+    config = hf.config
+    length = min(64, int(getattr(config, "max_position_embeddings", None) or 64))
+    tokens = (torch.arange(length, device=device) * 7919).remainder(int(config.vocab_size))[None]
+    return tokens, hf(tokens, use_cache=False).logits.float()
+
+
+@torch.no_grad()
+def _check_logits(model: Any, tokens: Tensor, expected: Tensor, backend: Backend) -> None:
+    """Refuse a conversion that changes the function."""
     found: Tensor = model(tokens, return_type="logits").float()
-    scale = expected.std()
-    error = float(((found - expected).abs().max() / scale).item())
-    tolerance = 1e-3 if hf.dtype in (torch.float32, torch.float64) else 0.2
-    if not error <= tolerance:
+    error = float(((found - expected).abs().max() / expected.std()).item())
+    exact = model.cfg.dtype in (torch.float32, torch.float64)
+    if not error <= (1e-3 if exact else 0.2):
+        other = 'backend="bridge"' if backend == "hooked" else "another version of transformer-lens"
         raise TomsparseError(
-            "TransformerLens' HookedTransformer of this model computes other logits than the original "
-            f'(largest difference {error:.2g} standard deviations); use backend="bridge".'
+            f"TransformerLens computes other logits for this model than transformers ({backend}: largest "
+            f"difference {error:.2g} standard deviations); use {other}."
         )
 
 

@@ -1,0 +1,164 @@
+"""Every architecture family: Fisher, masks, both forms of edit and scores against `transformers` in float64.
+
+The oracle loads the same directory without TransformerLens, takes one backward pass a sample, and writes
+edited values into the parameters.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import families
+import oracles
+import pytest
+import tiny
+import torch
+from families import FAMILIES
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._model import view
+from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.evaluate import perplexity
+from tl_tomsparse.mask import SparseMask
+from tl_tomsparse.models import load_model
+from tl_tomsparse.ranking import top_fraction
+from tl_tomsparse.samples import Samples
+from tl_tomsparse.sensitivity import fisher_diagonal
+
+SUPPORTED = [name for name, family in FAMILIES.items() if family.refused is None]
+MAJOR = int(version("transformer-lens").split(".")[0])
+CASES = [(name, "bridge") for name in SUPPORTED if FAMILIES[name].bridge_since <= MAJOR]
+if "hooked" in tiny.BACKENDS:
+    CASES += [(name, "hooked") for name in SUPPORTED if FAMILIES[name].hooked]
+every_case = pytest.mark.parametrize(("name", "backend"), CASES)
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    """Rows of 9 to 23 tokens: supervised at the end, everywhere, and at two places.
+
+    With fewer than 23 - 16 tokens the padding would see nothing in a window of 16, where transformers
+    computes nan in float64.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = (23, 9, 11, 17)
+    rows = [torch.randint(3, 370, (length,), generator=generator).tolist() for length in lengths]
+    made = Samples.from_rows(rows, [22, 1, 1, 16], list("abcd"), bos=False, supervise="text", pad=0)
+    made.supervised[3, 5] = True
+    return made
+
+
+def load(name: str, backend: str) -> Any:
+    return load_model(families.directory(name), backend=backend, device="cpu", dtype=FAMILIES[name].dtype)  # type: ignore[arg-type]
+
+
+def original(name: str) -> Any:
+    path = families.directory(name)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=FAMILIES[name].dtype, attn_implementation="eager"
+    ).eval()
+
+
+def expected_fisher(hf: Any, name: str, samples: Samples) -> dict[tuple[int, str], Tensor]:
+    matrices = families.matrices(hf, name)
+    total = {key: torch.zeros_like(take(weight)) for key, (weight, take) in matrices.items()}
+    for n in range(len(samples)):
+        hf.zero_grad()
+        oracles.sample_loss(hf, samples, n).backward()
+        for key, (weight, take) in matrices.items():
+            if weight.grad is not None:  # a layer that the supervised token does not depend on
+                total[key] += take(weight.grad) ** 2 / len(samples)
+    return total
+
+
+def assert_logits(model: Any, hf: Any, samples: Samples) -> None:
+    """Logits at every real position, of padded rows at once, against each row alone."""
+    with torch.no_grad():
+        found = view(model).logits(samples.tokens, samples.attention_mask)
+    for n, mask in enumerate(samples.attention_mask):
+        length = int(mask.sum())
+        expected = oracles.logits(hf, samples.tokens[n, :length])
+        error = (found[n, :length].double() - expected).abs().max() / expected.std()
+        assert error < (1e-5 if hf.dtype == torch.float64 else 1e-4), (n, float(error))
+
+
+@every_case
+def test_fisher_masks_edits_and_perplexity_are_those_of_transformers(
+    name: str, backend: str, samples: Samples
+) -> None:
+    model, hf = load(name, backend), original(name)
+    seen, matrices = view(model), families.matrices(hf, name)
+    assert_logits(model, hf, samples)
+    assert set(seen.keys(seen.matrices)) == set(matrices)
+    for key, (weight, take) in matrices.items():
+        assert torch.equal(seen.weight(key), take(weight.detach())), key
+
+    found = fisher_diagonal(model, samples, matrices=seen.matrices, batch_tokens=40, show_progress=False)
+    expected = expected_fisher(hf, name, samples)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert (found[key].double() - value).abs().max() <= 1e-5 * value.abs().max(), key
+
+    mask = top_fraction(found, 0.02)
+    edit = SparseEdit.mean(model, mask)
+    before = [p.detach().clone() for p in model.parameters()]
+    plain = seen.logits(samples.tokens, samples.attention_mask).detach()
+    with torch.no_grad():
+        for key, (weight, take) in matrices.items():
+            matrix, chosen = take(weight), mask.to_bool(key)
+            matrix[chosen] = matrix[~chosen].mean()
+    with edit.applied(model):
+        assert_logits(model, hf, samples)
+        nll = perplexity(model, samples, show_progress=False).nll
+    with model.hooks(fwd_hooks=edit.hooks(model)):
+        assert_logits(model, hf, samples)
+    with torch.no_grad():
+        losses = torch.stack([oracles.sample_loss(hf, samples, n) for n in range(len(samples))])
+    assert nll.tolist() == pytest.approx((losses * samples.supervised.sum(1)).tolist(), rel=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert torch.equal(seen.logits(samples.tokens, samples.attention_mask), plain)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].refused])
+def test_what_cannot_be_examined_says_why(name: str) -> None:
+    reason = FAMILIES[name].refused
+    assert reason is not None
+    with pytest.raises(TomsparseError, match=reason):
+        view(load(name, "bridge"))
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_bridge_that_computes_something_else_is_refused(name: str) -> None:
+    if FAMILIES[name].bridge_since > MAJOR:
+        with pytest.raises(TomsparseError, match=r"other logits .* use another version of transformer-lens"):
+            load(name, "bridge")
+
+
+def test_the_readme_has_the_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"{families.BEGIN}\n{families.table()}\n{families.END}" in readme
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.skipif("hooked" not in tiny.BACKENDS, reason="TransformerLens 4 has no HookedTransformer")
+def test_the_same_weights_have_the_same_fisher_on_both_kinds_of_model(name: str, samples: Samples) -> None:
+    """Or HookedTransformer's form of the model is refused: never other numbers."""
+    if not FAMILIES[name].hooked:
+        with pytest.raises(TomsparseError):
+            view(load(name, "hooked"))
+        return
+    hooked, bridge = load(name, "hooked"), load(name, "bridge")
+    matrices = [m for m in view(bridge).matrices if m in view(hooked).matrices]
+    options = {"matrices": matrices, "show_progress": False}
+    first, second = (fisher_diagonal(model, samples, **options) for model in (hooked, bridge))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-6 * float(second[key].max()))
+    masks = [top_fraction(values, 0.02) for values in (first, second)]
+    assert isinstance(masks[0], SparseMask)
+    assert {key: entries.tolist() for key, entries in masks[0].entries.items()} == {
+        key: entries.tolist() for key, entries in masks[1].entries.items()
+    }
