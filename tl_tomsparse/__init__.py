@@ -13,6 +13,7 @@ from .mask import SparseMask
 from .models import load_model
 from .ranking import RankedEntries, rank_entries, top_fraction
 from .samples import Samples, story_samples, text_samples
+from .self_check import SelfCheck, self_check
 from .sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
 from .stories import Question, Story, generate_stories, generate_texts, read_jsonl, write_jsonl
 from .verdict import Claim, verdict
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 __all__ = [
     # models
     "load_model",
+    "self_check",
+    "SelfCheck",
     # stories and text
     "Story",
     "Question",

@@ -8,15 +8,16 @@ not pass is not offered, with the reason. Architectures are not recognised by na
 about matrices outside these seven (experts, embeddings, norms).
 
 Other modules import from here. The work is in `_model_weights` (where weights lie, how they are oriented),
-`_model_sites` (where inputs and outputs are seen), `_model_reader` (logits at chosen positions) and
-`_model_identity` (what the weights are); of the package, only these know what TransformerLens looks like.
+`_model_sites` (where inputs and outputs are seen), `_model_rotary` (how queries and keys are turned by their
+position), `_model_reader` (logits at chosen positions) and `_model_identity` (what the weights are); of the
+package, only these know what TransformerLens looks like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain
 from typing import Any, cast
@@ -29,6 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model_identity import Basis, ModelIdentity, as_bits, fingerprint
 from tl_tomsparse._model_reader import Reader
+from tl_tomsparse._model_rotary import Rotation, find_rotations
 from tl_tomsparse._model_sites import Sites, apply_matrix
 from tl_tomsparse._model_weights import MATRICES, Key, MatrixName, Weights
 
@@ -46,6 +48,7 @@ __all__ = [
     "ModelIdentity",
     "ModelView",
     "Reader",
+    "Rotation",
     "apply_matrix",
     "as_bits",
     "view",
@@ -88,7 +91,7 @@ class ModelView:
         self.n_heads: int = int(cfg.n_heads)
         self.d_model: int = int(cfg.d_model)
         self.d_head: int = int(cfg.d_head)
-        self.n_ctx: int = int(cfg.n_ctx)
+        self.n_ctx: int = _context_length(model)
         self.d_vocab: int = int(cfg.d_vocab)
         self.active_edits: list[Any] = []
         self._hook_names = frozenset(model.hook_dict)
@@ -226,6 +229,22 @@ class ModelView:
         """The live matrix in canonical orientation: a detached view; writing to it changes the model."""
         return self._weights[key]
 
+    def gradients(self, keys: Sequence[Key], loss: Callable[[], Tensor]) -> list[Tensor]:
+        """Plain gradients of `loss()` with respect to matrices, in canonical orientation, also of a model
+        whose parameters are frozen.
+        """
+        parameters = [self._weights.parameter(key) for key in keys]
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                found = torch.autograd.grad(loss(), parameters)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        return [self._weights.oriented(key, grad) for key, grad in zip(keys, found)]
+
     def overwrite(self, key: Key, place: tuple[Tensor, ...], values: Tensor) -> None:
         """Write to entries of a live matrix, for an edit in `active_edits` that will put the old bits back.
 
@@ -249,6 +268,13 @@ class ModelView:
             if tensor.numel():
                 found.setdefault((tensor.data_ptr(), tensor.storage_offset(), tensor.shape), tensor.detach())
         return list(found.values())
+
+    @cached_property
+    def rotations(self) -> tuple[dict[int, Rotation], dict[int, str]]:
+        """How each layer turns queries and keys by their position, checked on its activations; and for each
+        other layer with attention why nothing is offered.
+        """
+        return find_rotations(self)
 
     # ---- hooks and forward passes
 
@@ -392,6 +418,15 @@ class ModelView:
             yield f"{layer}.{matrix}", self.weight((layer, matrix))
         yield "E", self.model.W_E.detach()
         yield "U", self.model.W_U.detach()
+
+
+def _context_length(model: Any) -> int:
+    """The smallest context length that is stated: for some models (MPT) TransformerLens has a larger one."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    stated = [
+        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
+    ]
+    return min(int(n) for n in (model.cfg.n_ctx, *stated) if isinstance(n, int) and n > 0)
 
 
 def _check_kind(model: Any) -> None:

@@ -56,7 +56,10 @@ class Weights:
 
     def __getitem__(self, key: Key) -> Tensor:
         """The live matrix in canonical orientation, a detached view."""
-        weight = self.parameter(key).detach()
+        return self.oriented(key, self.parameter(key).detach())
+
+    def oriented(self, key: Key, weight: Tensor) -> Tensor:
+        """A tensor shaped like the parameter, or like its gradient, in canonical orientation: a view."""
         if weight.ndim == 3:  # HookedTransformer's attention is canonical already
             return weight
         weight = weight if self._owner(key)[2] else weight.T

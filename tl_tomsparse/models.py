@@ -76,7 +76,8 @@ def load_model(
     tokens, expected = _logits_before(hf, where)
     make = _make_bridge if backend == "bridge" else _make_hooked
     try:
-        model = make(hf, tokenizer, path, where, dtype)
+        model = make(hf, tokenizer, path, where, dtype).eval()
+        _check_logits(model, tokens, expected, backend)
     except TomsparseError:
         raise
     except Exception as error:  # TransformerLens raises many kinds, depending on what it does not know
@@ -84,9 +85,8 @@ def load_model(
             f"TransformerLens cannot make a {backend} model of {path} ({hf.config.model_type}): "
             f"{_first_line(error)}."
         ) from error
-    _check_logits(model, tokens, expected, backend)
     model.cfg.model_name = name
-    return model.eval()
+    return model
 
 
 def _resolve_device(device: str | torch.device | None) -> torch.device:

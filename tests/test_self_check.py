@@ -1,0 +1,121 @@
+"""`self_check` says yes where everything works, and no where something does not."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import families
+import pytest
+import tiny
+import torch
+from families import FAMILIES
+from test_edit import raw_bytes
+from test_families import CASES
+
+import tl_tomsparse as tt
+from tl_tomsparse._model import view
+
+module = sys.modules["tl_tomsparse.self_check"]  # the package's own name of it is the function
+
+
+def status(report: tt.SelfCheck) -> dict[str, str]:
+    return {check.name: check.status for check in report.checks}
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_family_is_fully_supported(name: str, backend: Any, dtype: torch.dtype) -> None:
+    if (name, backend, dtype) == ("Mixtral", "hooked", torch.bfloat16):
+        with pytest.raises(tt.TomsparseError, match=r"TransformerLens cannot make .* same dtype"):
+            tt.load_model(families.directory(name), backend=backend, device="cpu", dtype=dtype)
+        return
+    model = tt.load_model(families.directory(name), backend=backend, device="cpu", dtype=dtype)
+    before = raw_bytes(model)  # bytes: HookedTransformer's Bloom has a parameter that is never set
+    report = tt.self_check(model)
+    assert report.ok, str(report)
+    assert status(report)["rotation"] == ("yes" if FAMILIES[name].positions == "rotary" else "not there")
+    assert raw_bytes(model) == before
+    assert "fully supported" in str(report)
+    assert set(report.to_frame().name) == set(status(report))
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "Mamba"])
+def test_a_model_that_cannot_be_examined_gets_a_report_too(name: str) -> None:
+    report = tt.self_check(tt.load_model(families.directory(name), device="cpu"))
+    assert not report.ok
+    assert FAMILIES[name].refused in str(report)
+    assert not tt.self_check(torch.nn.Linear(2, 2)).ok
+
+
+def test_frozen_parameters_are_no_obstacle_and_stay_frozen() -> None:
+    model = tiny.model()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert tt.self_check(model).ok
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_says_no_to_training_mode_and_folded_weights() -> None:
+    model = tiny.model().train()
+    assert "model.eval()" in str(tt.self_check(model))
+    folded = tiny.model()
+    folded.enable_compatibility_mode()
+    report = tt.self_check(folded)
+    assert status(report)["weights"] == "no"
+    assert not report.ok
+
+
+def broken_sensitivity(monkeypatch: pytest.MonkeyPatch) -> str:
+    right = module.fisher_diagonal
+    monkeypatch.setattr(
+        module, "fisher_diagonal", lambda *a, **k: {key: 1.1 * v for key, v in right(*a, **k).items()}
+    )
+    return "sensitivity"
+
+
+def no_gradient(monkeypatch: pytest.MonkeyPatch) -> str:
+    right = module.fisher_diagonal
+    monkeypatch.setattr(
+        module, "fisher_diagonal", lambda *a, **k: {key: 0 * v for key, v in right(*a, **k).items()}
+    )
+    return "sensitivity"
+
+
+def hooks_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(module.SparseEdit, "hooks", lambda self, model: [])
+    return "edit"
+
+
+def padding_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> str:
+    right = module._logits
+    monkeypatch.setattr(module, "_logits", lambda seen, s: right(seen, s) + s.tokens.shape[1])
+    return "padding"
+
+
+def other_frequencies(monkeypatch: pytest.MonkeyPatch) -> str:
+    from tl_tomsparse import _model_rotary
+
+    right = _model_rotary._candidates
+    monkeypatch.setattr(_model_rotary, "_candidates", lambda *a: (1.05 * theta for theta in right(*a)))
+    return "rotation"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [broken_sensitivity, no_gradient, hooks_that_do_nothing, padding_that_is_seen, other_frequencies],
+)
+def test_each_check_can_fail(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    name = fault(monkeypatch)
+    report = tt.self_check(model)
+    assert status(report)[name] == "no", str(report)
+    assert [n for n, s in status(report).items() if s == "no"] == [name]
+
+
+def test_a_hook_that_changes_weights_inputs_is_noticed() -> None:
+    model = tiny.model()
+    assert view(model)  # found before the hook came
+    model.add_hook("blocks.0.attn.hook_q", lambda value, hook: value.roll(1, 1))
+    report = tt.self_check(model)
+    assert not report.ok
