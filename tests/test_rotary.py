@@ -1,4 +1,6 @@
-"""Rotary frequencies against their formulas, written out by hand for every family."""
+"""Rotary frequencies against their formulas, written out by hand for every family; norms and logits by
+frequency against loops over positions in float64.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,18 @@ import math
 from typing import Any
 
 import families
+import oracles
 import pytest
+import tiny
 import torch
 from families import D_HEAD, FAMILIES
-from test_families import CASES
+from test_families import CASES, original
+from torch import Tensor
 
+import tl_tomsparse as tt
 from tl_tomsparse._model import view
 from tl_tomsparse.models import load_model
+from tl_tomsparse.samples import Samples
 
 ROTARY = [(name, backend) for name, backend in CASES if FAMILIES[name].positions == "rotary"]
 BASES = {"Mixtral": 1e6, "SmolLM3": 2e6, "Cohere": 5e5}
@@ -76,3 +83,138 @@ def test_turning_is_multiplication_by_a_complex_number_and_back_again() -> None:
     untouched = [d for d in range(D_HEAD) if d not in {*rotation.first.tolist(), *rotation.second.tolist()}]
     assert torch.equal(turned[..., untouched], x[..., untouched])
     torch.testing.assert_close(rotation.turn(turned, positions, back=True), x, rtol=0, atol=1e-12)
+
+
+def some_samples(n_tokens: tuple[int, ...] = (13, 9, 11)) -> Samples:
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, 370, (n,), generator=generator).tolist() for n in n_tokens]
+    ids = [str(n) for n in range(len(rows))]
+    return Samples.from_rows(rows, [1] * len(rows), ids, bos=False, supervise="text", pad=0)
+
+
+def queries_and_keys(name: str, samples: Samples) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """For each layer and row rotated q `[pos, heads, d_head]` and k, of the `transformers` model alone: what
+    its attention function receives.
+    """
+    import transformers.modeling_utils as utils
+
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    hf = original(name)
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        found.setdefault(module.layer_idx, []).append((q[0].transpose(0, 1), k[0].transpose(0, 1)))
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        scaling = options.get("scaling") or q.shape[-1] ** -0.5
+        scores = q @ k.transpose(-1, -2) * scaling
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        pattern = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return (pattern @ v).transpose(1, 2), pattern
+
+    utils.ALL_ATTENTION_FUNCTIONS.register("spy", spy)
+    hf.set_attn_implementation("spy")
+    for n, mask in enumerate(samples.attention_mask):
+        oracles.logits(hf, samples.tokens[n, : int(mask.sum())])
+    return found
+
+
+SPIED = ["Llama", "Llama, yarn", "Qwen3", "Gemma 3", "Phi", "Phi-3", "GPT-NeoX (Pythia)", "Cohere", "GLM-4"]
+
+
+@pytest.mark.parametrize(("name", "backend"), [case for case in ROTARY if case[0] in SPIED])
+def test_norms_and_logits_are_those_of_loops_over_positions(name: str, backend: Any) -> None:
+    samples = some_samples()
+    model = load_model(families.directory(name), backend=backend, device="cpu", dtype=torch.float64)
+    norms = tt.frequency_norms(model, samples, batch_tokens=30, show_progress=False)
+    expected = queries_and_keys(name, samples)
+    assert norms.n_positions == int(samples.attention_mask.sum())
+    assert list(norms.layout) == sorted(expected)
+    for layer, rows in expected.items():
+        n = len(frequencies(name, layer))
+        adjacent = name in ADJACENT
+        pairs = [(2 * m, 2 * m + 1) if adjacent else (m, m + n) for m in range(n)]
+        for part, index in (("q", 0), ("k", 1)):
+            values = torch.cat([row[index] for row in rows])  # every position of every row
+            for m, (i, j) in enumerate(pairs):
+                size = (values[:, :, i] ** 2 + values[:, :, j] ** 2).sqrt()
+                close(norms.rms[layer, part][:, m], (size**2).mean(0).sqrt())
+                close(norms.mean[layer, part][:, m], size.mean(0))
+                close(norms.largest[layer, part][:, m], size.amax(0))
+        total = torch.zeros(len(norms.logit[layer]), n, dtype=torch.float64)
+        first, n_pairs, n_queries = total.clone(), 0, 0
+        for q, k in rows:
+            for head in range(q.shape[1]):
+                key = k[:, head // (q.shape[1] // k.shape[1])]
+                for m, (i, j) in enumerate(pairs):
+                    for at in range(len(q)):
+                        products = (key[: at + 1, [i, j]] * q[at, head, [i, j]]).sum(1) / D_HEAD**0.5
+                        total[head, m] += products.sum()
+                        first[head, m] += products[0]
+            n_pairs, n_queries = n_pairs + len(q) * (len(q) + 1) // 2, n_queries + len(q)
+        close(norms.logit[layer], total / n_pairs)
+        close(norms.logit_first[layer], first / n_queries)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for float32 inside transformers' rotary embedding."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_frequency_that_carries_everything_is_the_dominant_one() -> None:
+    model = tiny.model("llama")
+    pairs = tt.RotaryLayout.of(model)[0].pairs
+    with torch.no_grad():  # head 2 of layer 0: only the pair of frequency 3
+        weight = view(model).weight((0, "Q"))
+        keep = weight[2][:, pairs[3]].clone()
+        weight[2] = 0
+        weight[2][:, pairs[3]] = keep
+    norms = tt.frequency_norms(model, some_samples(), show_progress=False)
+    strongest = norms.dominant().query("layer == 0 and part == 'q' and head == 2")
+    assert strongest.frequency.tolist() == [3]
+    assert strongest.share.tolist() == pytest.approx([1.0])
+    assert len(norms.dominant(top=2).query("layer == 1 and part == 'k'")) == 2 * 2
+    everything = norms.dominant(share=1.0).query("layer == 1 and part == 'k' and head == 0")
+    assert everything.share.sum() == pytest.approx(1.0)
+    assert everything.share.is_monotonic_decreasing
+    half = norms.dominant().groupby(["layer", "part", "head"]).share.agg(["sum", "min"])
+    assert (half["sum"] >= 0.5 - 1e-9).all()
+    assert (half["sum"] - half["min"] < 0.5).all()  # without its last one it would not be enough
+    for wrong in ({"share": 0.5, "top": 1}, {"share": 1.5}, {"top": 0}):
+        with pytest.raises(tt.TomsparseError):
+            norms.dominant(**wrong)
+
+
+def test_memory_and_batches_do_not_matter_and_rows_add_up() -> None:
+    model, samples = tiny.model("neox", dtype=torch.float64), some_samples()
+    whole = tt.frequency_norms(model, samples, show_progress=False)
+    small = tt.frequency_norms(model, samples, batch_tokens=1, show_progress=False)
+    for key, value in whole.rms.items():
+        torch.testing.assert_close(small.rms[key], value, rtol=1e-6, atol=0)
+    frame = whole.to_frame()
+    assert frame.groupby(["layer", "part", "head"]).share.sum().to_numpy() == pytest.approx(1.0)
+    assert set(frame.columns) >= {"radians", "wavelength", "rms", "mean", "largest", "logit", "logit_first"}
+
+
+def test_what_has_no_rotation_is_refused_by_reason() -> None:
+    for name, reason in (("GPT-2", "no rotary frequencies"), ("Bloom", "no rotary frequencies")):
+        model = load_model(families.directory(name), device="cpu")
+        with pytest.raises(tt.TomsparseError, match=reason):
+            tt.frequency_norms(model, some_samples())
+        with pytest.raises(tt.TomsparseError, match=reason):
+            tt.RotaryLayout.of(model)
+    layout = tt.RotaryLayout.of(load_model(families.directory("SmolLM3"), device="cpu"))
+    assert list(layout) == [0]
+    assert layout.without == {1: "its queries are not rotated"}
+    long = Samples.from_rows([[5] * 200], [1], ["long"], bos=False, supervise="text", pad=0)
+    with pytest.raises(tt.TomsparseError, match="200 tokens"):
+        tt.frequency_norms(tiny.model(), long)
+    with pytest.raises(tt.TomsparseError, match="training mode"):
+        tt.frequency_norms(tiny.model().train(), some_samples())
+
+
+def test_layout_as_a_table() -> None:
+    layout = tt.RotaryLayout.of(tiny.model("neox"))
+    frame = layout.to_frame()
+    assert frame.wavelength.to_numpy() == pytest.approx(2 * math.pi / frame.radians.to_numpy())
+    assert layout[0].rotary_dim == 2 * len(layout[0].frequencies)
+    assert "context 128" in repr(layout)

@@ -12,6 +12,7 @@ from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_
 from .mask import SparseMask
 from .models import load_model
 from .ranking import RankedEntries, rank_entries, top_fraction
+from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
 from .self_check import SelfCheck, self_check
 from .sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
@@ -52,6 +53,11 @@ __all__ = [
     "Perplexity",
     "score_stories",
     "perplexity",
+    # position
+    "RotaryLayout",
+    "RotaryLayer",
+    "FrequencyNorms",
+    "frequency_norms",
     # experiments
     "KappaSweep",
     "KappaChoice",

@@ -276,6 +276,30 @@ class ModelView:
         """
         return find_rotations(self)
 
+    def rotated_hooks(self, layers: Collection[int], store: Callable[[int, str, Tensor], None]) -> list[Hook]:
+        """Forward hooks that hand over queries and keys after the rotation.
+
+        Args:
+            layers: with a rotation.
+            store: called as `store(layer, "q" or "k", value)`, first for the query, once each a forward pass;
+                q is `[batch, pos, n_heads, d_head]`, k `[batch, pos, n_kv_heads, d_head]`. Rows must begin at
+                position 0: right-padded, without a key-value cache.
+        """
+
+        def hand_over(value: Tensor, hook: Any, *, layer: int, part: str) -> None:
+            del hook  # the bridge passes another name of the same point
+            rotation = self.rotations[0][layer]
+            if not rotation.shown_rotated:
+                positions = torch.arange(value.shape[1], device=value.device)
+                value = rotation.turn(value, positions[None].expand(value.shape[:2]))
+            store(layer, part, value)
+
+        return [
+            (name, partial(hand_over, layer=layer, part=part))
+            for layer in layers
+            for part, name in zip("qk", self.rotations[0][layer].sites)
+        ]
+
     # ---- hooks and forward passes
 
     def output_hook(self, key: Key) -> str:
