@@ -16,6 +16,7 @@ from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
 from .self_check import SelfCheck, self_check
 from .sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
+from .sink import BosAngles, SinkAttention, bos_angles, sink_attention, sink_shift
 from .stories import Question, Story, generate_stories, generate_texts, read_jsonl, write_jsonl
 from .verdict import Claim, verdict
 
@@ -58,6 +59,11 @@ __all__ = [
     "RotaryLayer",
     "FrequencyNorms",
     "frequency_norms",
+    "BosAngles",
+    "SinkAttention",
+    "bos_angles",
+    "sink_attention",
+    "sink_shift",
     # experiments
     "KappaSweep",
     "KappaChoice",

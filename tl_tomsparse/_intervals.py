@@ -153,6 +153,36 @@ class ClusterBootstrap:
         return Estimate(value, float(low), float(high), draws)
 
 
+def mean_intervals(
+    values: Floats, *, n_draws: int = 2_000, seed: int = 0, confidence: float = CONFIDENCE
+) -> tuple[Floats, Floats, Floats]:
+    """Means over rows with percentile bootstrap intervals, column by column; rows with nan are left out.
+
+    Args:
+        values: `[n, k]`, one row an independent sample.
+        n_draws: how often rows are drawn again, the same rows for every column.
+        seed: of the draws.
+        confidence: of the intervals.
+
+    Returns:
+        mean, low and high, each `[k]`; nan where a column has no value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    there = np.isfinite(values)
+    filled = np.where(there, values, 0.0)
+    n = len(values)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(np.float64)
+    tail = (1 - confidence) / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = filled.sum(0) / there.sum(0)
+        draws = (weights @ filled) / (weights @ there.astype(np.float64))
+    low, high = (np.full(values.shape[1], np.nan) for _ in range(2))
+    known = there.any(0)
+    if known.any():
+        low[known], high[known] = np.nanquantile(draws[:, known], [tail, 1 - tail], axis=0)
+    return mean, low, high
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm-adjusted p-values: rejecting those up to alpha, at most alpha of the families err."""
     adjusted: dict[str, float] = {}

@@ -300,6 +300,22 @@ class ModelView:
             for part, name in zip("qk", self.rotations[0][layer].sites)
         ]
 
+    def pattern_hooks(self, store: Callable[[int, Tensor], None]) -> list[Hook]:
+        """Forward hooks that call `store(layer, pattern)` with each attention pattern, `[batch, n_heads,
+        query, key]`, after softmax; layers without one are left out.
+        """
+
+        def hand_over(value: Tensor, hook: Any, *, layer: int) -> None:
+            del hook
+            store(layer, value)
+
+        names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in range(self.n_layers)}
+        return [
+            (name, partial(hand_over, layer=layer))
+            for layer, name in names.items()
+            if name in self._hook_names
+        ]
+
     # ---- hooks and forward passes
 
     def output_hook(self, key: Key) -> str:

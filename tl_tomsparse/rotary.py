@@ -78,7 +78,7 @@ class RotaryLayout(Mapping[int, RotaryLayer]):
         Raises:
             TomsparseError: no layer has a rotation; the message says why.
         """
-        seen = _with_rotation(model)
+        seen = with_rotation(model)
         rotations, reasons = seen.rotations
         return cls({layer: _public(rotation) for layer, rotation in rotations.items()}, seen.n_ctx, reasons)
 
@@ -225,7 +225,7 @@ def frequency_norms(
     Raises:
         TomsparseError: no layer with a rotation; training mode; samples longer than the context.
     """
-    seen = _with_rotation(model)
+    seen = with_rotation(model)
     seen.require_eval()
     check_length(seen, samples)
     layout = RotaryLayout.of(model)
@@ -313,7 +313,8 @@ def check_length(seen: ModelView, samples: Samples) -> None:
         )
 
 
-def _with_rotation(model: Any) -> ModelView:
+def with_rotation(model: Any) -> ModelView:
+    """The view of a model that has a rotation in some layer; refuses others by reason."""
     seen = view(model)
     rotations, reasons = seen.rotations
     if not rotations:

@@ -1,0 +1,199 @@
+"""Angles and sinks against loops over positions in float64, and where the answer is known by construction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_edit import a_mask
+from test_rotary import SPIED, queries_and_keys, some_samples
+from torch import Tensor
+
+import tl_tomsparse as tt
+from tl_tomsparse._intervals import mean_intervals
+from tl_tomsparse._model import view
+from tl_tomsparse.models import load_model
+from tl_tomsparse.samples import Samples
+
+CASES = [(name, backend) for name in SPIED for backend in tiny.BACKENDS]
+CASES = [(n, b) for n, b in CASES if b == "bridge" or families.FAMILIES[n].hooked]
+if "hooked" in tiny.BACKENDS:
+    CASES = [case for case in CASES if case != ("Cohere", "bridge")]  # refused on TransformerLens 3.9
+
+
+def degrees(a: Tensor, b: Tensor) -> float:
+    cosine = float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+@pytest.mark.parametrize("position", [0, 3])
+def test_angles_are_those_of_loops_over_positions(name: str, backend: Any, position: int) -> None:
+    samples = some_samples()
+    model = load_model(families.directory(name), backend=backend, device="cpu", dtype=torch.float64)
+    options = {"position": position, "batch_tokens": 30, "show_progress": False}
+    found = tt.bos_angles(model, samples, **options)
+    for layer, rows in queries_and_keys(name, samples).items():
+        heads = rows[0][0].shape[1]
+        by_position: dict[tuple[int, int], list[float]] = {}
+        for n, (q, k) in enumerate(rows):
+            for head in range(heads):
+                key = k[:, head // (heads // k.shape[1])]
+                sink, others = [], []
+                for at in range(position + 1, len(q)):
+                    angle = degrees(q[at, head], key[position])
+                    sink.append(angle)
+                    by_position.setdefault((head, at), []).append(angle)
+                    others += [degrees(q[at, head], key[s]) for s in range(at + 1) if s != position]
+                assert float(found.to_sink[layer][n, head]) == pytest.approx(sum(sink) / len(sink), rel=1e-5)
+                assert float(found.to_others[layer][n, head]) == pytest.approx(
+                    sum(others) / len(others), rel=1e-5
+                )
+        for (head, at), angles in by_position.items():
+            expected = sum(angles) / len(angles)
+            assert float(found.by_position[layer][head, at]) == pytest.approx(expected, rel=1e-5)
+        assert found.by_position[layer][:, : position + 1].isnan().all()
+    # What frequencies add, with the dimensions that are not rotated, is the cosine.
+    if (
+        families.FAMILIES[name].positions == "rotary"
+        and tt.RotaryLayout.of(model)[0].rotary_dim == families.D_HEAD
+    ):
+        for layer, rows in queries_and_keys(name, samples).items():
+            heads = rows[0][0].shape[1]
+            for head in range(heads):
+                means = []
+                for q, k in rows:
+                    key = k[position, head // (heads // k.shape[1])]
+                    each = [
+                        float(q[at, head] @ key / q[at, head].norm() / key.norm())
+                        for at in range(position + 1, len(q))
+                    ]
+                    means.append(sum(each) / len(each))
+                total = float(found.cosine[layer][head].sum())
+                assert total == pytest.approx(sum(means) / len(means), abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_before_the_rotation_angles_are_those_of_the_projections(backend: Any) -> None:
+    model, samples = tiny.model("qwen2", backend, dtype=torch.float64), some_samples()
+    found = tt.bos_angles(model, samples, rotated=False, show_progress=False)
+    for n, mask in enumerate(samples.attention_mask):
+        length = int(mask.sum())
+        with torch.no_grad():
+            _, cache = model.run_with_cache(samples.tokens[n : n + 1, :length])
+        for layer in range(2):
+            q, k = (cache[f"blocks.{layer}.attn.hook_{part}"][0] for part in "qk")
+            for head in range(q.shape[1]):
+                key = k[0, head // (q.shape[1] // k.shape[1])]
+                each = [degrees(q[at, head], key) for at in range(1, length)]
+                found_here = float(found.to_sink[layer][n, head])
+                assert found_here == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+def test_a_query_that_always_points_at_the_first_key_has_angle_zero() -> None:
+    """Queries are a bias alone, set to the key of the first token; without rotation nothing moves them."""
+    model = tiny.model("qwen2", dtype=torch.float64)
+    samples = some_samples()
+    samples.tokens[:, 0] = 7
+    attention = model.blocks[0].attn
+    with torch.no_grad():
+        _, cache = model.run_with_cache(samples.tokens[:1])
+        key = cache["blocks.0.attn.hook_k"][0, 0]
+        view(model).weight((0, "Q")).zero_()
+        attention.q.original_component.bias.view(-1, key.shape[-1])[:] = key[0]
+    found = tt.bos_angles(model, samples, rotated=False, show_progress=False)
+    assert found.to_sink[0].abs().max() < 1e-3
+    assert found.to_others[0].min() > 1
+    turned = tt.bos_angles(model, samples, show_progress=False)
+    assert turned.to_sink[0].min() > 1  # RoPE turns them away
+    frame = found.to_frame()
+    assert frame.query("layer == 0").to_sink.abs().max() < 1e-3
+    assert (frame.to_sink_low <= frame.to_sink + 1e-9).all()
+    assert (frame.to_sink <= frame.to_sink_high + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-NeoX (Pythia)", "GPT-J", "GPT-2", "Bloom", "Gemma 2"])
+@pytest.mark.parametrize("position", [0, 2])
+def test_attention_to_a_token_is_that_of_single_rows(name: str, position: int) -> None:
+    samples = some_samples()
+    model = load_model(families.directory(name), device="cpu", dtype=torch.float64)
+    found = tt.sink_attention(model, samples, position=position, batch_tokens=30, show_progress=False)
+    for n, mask in enumerate(samples.attention_mask):
+        length = int(mask.sum())
+        with torch.no_grad():
+            _, cache = model.run_with_cache(samples.tokens[n : n + 1, :length])
+        for layer, values in found.attention.items():
+            pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
+            for head in range(values.shape[1]):
+                each = [float(pattern[head, at, position]) for at in range(position, length)]
+                assert float(values[n, head]) == pytest.approx(sum(each) / len(each), abs=1e-6)
+    assert len(found.attention) == 2
+
+
+def test_rates_and_shifts_are_counted() -> None:
+    before = {0: torch.tensor([[0.9, 0.1], [0.5, 0.31]]), 1: torch.tensor([[0.2, 0.2], [0.2, 0.4]])}
+    after = {0: torch.tensor([[0.5, 0.1], [0.505, 0.31]]), 1: torch.tensor([[0.9, 0.2], [0.2, 0.4]])}
+    make = lambda values: tt.SinkAttention({k: v.double() for k, v in values.items()}, 0, True, ("a", "b"))  # noqa: E731
+    first, second = make(before), make(after)
+    assert first.rate() == 4 / 8
+    assert first.rate(0.45) == 2 / 8
+    shift = tt.sink_shift(first, second).set_index("layer")
+    assert shift.sinks.tolist() == [3, 1, 4]
+    assert shift.shifted.tolist() == pytest.approx([1 / 3, 0, 1 / 4])
+    assert shift.mean_change[0] == pytest.approx((-0.4 + 0.005 + 0) / 3)
+    assert tt.sink_shift(first, second, threshold=0.001).set_index("layer").shifted[0] == pytest.approx(2 / 3)
+    nothing = tt.sink_shift(first, second, eps=0.95).set_index("layer")
+    assert nothing.sinks.tolist() == [0, 0, 0]
+    assert nothing.shifted.isna().all()
+    frame = first.to_frame()
+    assert frame.query("layer == 0").rate.tolist() == [1.0, 0.5]
+    assert "BOS" in repr(first)
+    with pytest.raises(tt.TomsparseError, match="other samples"):
+        tt.sink_shift(first, tt.SinkAttention(second.attention, 1, True, ("a", "b")))
+    with pytest.raises(tt.TomsparseError, match=r"lies in \[0, 1\)"):
+        first.rate(1.5)
+
+
+def test_an_edit_is_seen_and_undone() -> None:
+    model, samples = tiny.model("llama"), some_samples()
+    edit = tt.SparseEdit.mean(model, a_mask(model))
+    options = {"show_progress": False}
+    plain = tt.sink_attention(model, samples, **options), tt.bos_angles(model, samples, **options)
+    with edit.applied(model):
+        edited = tt.sink_attention(model, samples, **options), tt.bos_angles(model, samples, **options)
+    again = tt.sink_attention(model, samples, **options), tt.bos_angles(model, samples, **options)
+    assert not torch.equal(plain[0].attention[1], edited[0].attention[1])
+    assert not torch.equal(plain[1].to_sink[1], edited[1].to_sink[1])
+    assert torch.equal(plain[0].attention[1], again[0].attention[1])
+    assert torch.equal(plain[1].to_sink[1], again[1].to_sink[1])
+    assert tt.sink_shift(plain[0], again[0], eps=0.0).shifted.eq(0).all()
+
+
+def test_bad_positions_are_refused_and_a_missing_bos_is_said() -> None:
+    model, samples = tiny.model(), some_samples()
+    for position in (-1, 8, 20):
+        for measure in (tt.bos_angles, tt.sink_attention):
+            with pytest.raises(tt.TomsparseError, match="the shortest has 9 tokens"):
+                measure(model, samples, position=position)
+    assert "no BOS" in repr(tt.sink_attention(model, samples, show_progress=False))
+    with pytest.raises(tt.TomsparseError, match="no rotary frequencies"):
+        tt.bos_angles(load_model(families.directory("GPT-2"), device="cpu"), samples)
+
+
+def test_bootstrap_of_means_covers_and_skips_what_is_missing() -> None:
+    noise = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    values = noise + np.arange(3)
+    values[3:, 2] = float("nan")
+    mean, low, high = mean_intervals(values)
+    assert mean[:2] == pytest.approx(values[:, :2].mean(0))
+    assert mean[2] == pytest.approx(values[:3, 2].mean())
+    half = 1.96 * values[:, :2].std(0) / 50**0.5
+    assert (high - low)[:2] / 2 == pytest.approx(half, rel=0.15)
+    alone: Samples = some_samples((12,))
+    angles = tt.bos_angles(tiny.model(), alone, show_progress=False).to_frame()
+    assert angles.to_sink_low.to_numpy() == pytest.approx(angles.to_sink.to_numpy())

@@ -1,0 +1,328 @@
+"""The attention sink: the angle between queries and the key of one token, and how much attention it gets.
+
+    angle:      degrees of arccos(q_i . k_t / (|q_i| |k_t|)), queries i after t; after or before the rotation
+    attention:  a(layer, head, sample) = mean over queries i >= t of A[i, t]     (Gu et al., arXiv 2410.10781)
+    sink rate:  share of (layer, head, sample) with a > eps
+    sink shift: share of the sinks whose a moved by more than a threshold          (arXiv 2504.04238)
+
+t is 0 by default: BOS, where rows begin with it. Padding never counts. Nothing is claimed about why a token
+is a sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._intervals import mean_intervals, proportion_interval
+from tl_tomsparse._model import ModelView, view
+from tl_tomsparse.rotary import check_length, with_rotation
+from tl_tomsparse.samples import Samples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class BosAngles:
+    """Angles in degrees between queries and the key of one token, and the other keys.
+
+    Attributes:
+        to_sink: for each layer `[n, heads]`, float64: mean over the queries of a sample after the token.
+        to_others: the same for all other keys at or before the query; nan where there are none.
+        by_position: for each layer `[heads, pos]`: mean over samples of the angle to the token, by query
+            position; nan up to the token, and where no sample is that long.
+        cosine: for each layer `[heads, pairs]`: what each frequency adds to the cosine with the token's key,
+            a mean over queries of samples. What is not rotated is left out.
+        position: of the token in each row.
+        rotated: whether queries and keys are taken after the rotation.
+        bos: whether rows begin with BOS.
+        ids: of the samples.
+    """
+
+    to_sink: Mapping[int, Float[Tensor, "n heads"]]
+    to_others: Mapping[int, Float[Tensor, "n heads"]]
+    by_position: Mapping[int, Float[Tensor, "heads pos"]]
+    cosine: Mapping[int, Float[Tensor, "heads pairs"]]
+    position: int
+    rotated: bool
+    bos: bool
+    ids: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"BosAngles({len(self.ids)} samples, {_key_name(self.position, self.bos)})"
+
+    def to_frame(self, *, seed: int = 0) -> pd.DataFrame:
+        """One row a layer and head: mean angle to the token and to other keys, and their difference, each
+        with a 95 % bootstrap interval over samples (`_low`, `_high`).
+        """
+        import pandas as pd
+
+        frames = []
+        for layer, sink in self.to_sink.items():
+            columns: dict[str, Any] = {"layer": layer, "head": range(sink.shape[1])}
+            others = self.to_others[layer]
+            for name, values in (("to_sink", sink), ("to_others", others), ("difference", sink - others)):
+                columns[name], columns[f"{name}_low"], columns[f"{name}_high"] = mean_intervals(
+                    values.numpy(), seed=seed
+                )
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+
+@dataclass(frozen=True, eq=False)
+class SinkAttention:
+    """How much attention one token gets.
+
+    Attributes:
+        attention: for each layer `[n, heads]`, float64: mean over the queries of a sample that see the token.
+        position: of the token in each row.
+        bos: whether rows begin with BOS.
+        ids: of the samples.
+    """
+
+    attention: Mapping[int, Float[Tensor, "n heads"]]
+    position: int
+    bos: bool
+    ids: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """One line."""
+        token = _key_name(self.position, self.bos)
+        return f"SinkAttention({len(self.ids)} samples, {token}, sink rate {self.rate():.3f} at 0.3)"
+
+    def rate(self, eps: float = 0.3) -> float:
+        """The share of (layer, head, sample) whose attention to the token exceeds eps."""
+        _check_eps(eps)
+        return float(torch.cat([(a > eps).double().flatten() for a in self.attention.values()]).mean())
+
+    def to_frame(self, *, eps: float = 0.3, seed: int = 0) -> pd.DataFrame:
+        """One row a layer and head: mean attention with a 95 % bootstrap interval over samples, and the share
+        of samples in which it exceeds eps.
+        """
+        import pandas as pd
+
+        _check_eps(eps)
+        frames = []
+        for layer, values in self.attention.items():
+            mean, low, high = mean_intervals(values.numpy(), seed=seed)
+            columns = {"layer": layer, "head": range(values.shape[1]), "attention": mean, "low": low}
+            columns |= {"high": high, "rate": (values > eps).double().mean(0).numpy()}
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+
+def bos_angles(
+    model: Any,
+    samples: Samples,
+    *,
+    position: int = 0,
+    rotated: bool = True,
+    batch_tokens: int | None = None,
+    show_progress: bool = True,
+) -> BosAngles:
+    """Angles between each query and the key of one token, for every head, against the other keys.
+
+    Args:
+        model: `HookedTransformer` or `TransformerBridge`, in evaluation mode; inside `edit.applied(model)`
+            the edited one is measured.
+        samples: rows of tokens.
+        position: of the token, the same in every row; 0 is BOS where rows begin with it.
+        rotated: after the rotation, as attention compares them, or before it.
+        batch_tokens: most tokens in one batch, padding included.
+        show_progress: a progress bar over samples.
+
+    Raises:
+        TomsparseError: no layer with a rotation; training mode; a position that some row does not have, or
+            that is its last one.
+    """
+    seen = with_rotation(model)
+    _check(seen, samples, position)
+    rotations = seen.rotations[0]
+    n, longest = samples.tokens.shape
+    to_sink: dict[int, Tensor] = {}
+    to_others: dict[int, Tensor] = {}
+    by_position: dict[int, Tensor] = {}
+    cosine: dict[int, Tensor] = {}
+    queries: dict[int, Tensor] = {}
+    rows = torch.zeros(0)
+    mask = torch.zeros(0)
+
+    def store(layer: int, part: str, value: Tensor) -> None:
+        if not rotated:
+            places = torch.arange(value.shape[1], device=value.device)[None].expand(value.shape[:2])
+            value = rotations[layer].turn(value, places, back=True)
+        if part == "q":
+            queries[layer] = value.double()
+            return
+        q, k = queries.pop(layer), value.double()
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        q, k = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (q, k))
+        after = mask.clone()
+        after[:, : position + 1] = False
+        count = after.sum(1).double()
+        degrees = torch.einsum("bqhd,bkhd->bhqk", q, k).clamp(-1, 1).arccos().rad2deg()
+        chosen = degrees[..., position] * after[:, None]
+        visible = (mask[:, None] & mask[:, :, None]).tril() & after[:, :, None]
+        visible[:, :, position] = False
+        heads = q.shape[2]
+        if layer not in to_sink:
+            for kept in (to_sink, to_others):
+                kept[layer] = torch.full((n, heads), torch.nan, dtype=torch.float64)
+            by_position[layer] = torch.zeros(heads, longest, dtype=torch.float64)
+            cosine[layer] = torch.zeros(heads, len(rotations[layer].frequencies), dtype=torch.float64)
+        to_sink[layer][rows] = (chosen.sum(-1) / count[:, None]).cpu()
+        others = (degrees * visible[:, None]).sum((-1, -2)) / visible.sum((1, 2))[:, None].double()
+        to_others[layer][rows] = others.cpu()
+        by_position[layer][:, : chosen.shape[-1]] += chosen.sum(0).cpu()
+        first, second = (axes.to(q.device) for axes in (rotations[layer].first, rotations[layer].second))
+        key = k[:, position, None]
+        parts = q[..., first] * key[..., first] + q[..., second] * key[..., second]
+        means = (parts * after[..., None, None]).sum(1) / count[:, None, None]
+        cosine[layer] += means.sum(0).cpu() / n
+
+    with (
+        torch.no_grad(),
+        seen.hooks(seen.rotated_hooks(sorted(rotations), store)),
+        tqdm(total=n, desc="angles", disable=not show_progress) as bar,
+    ):
+        for rows in samples.batches(batch_tokens or _BATCH_TOKENS):
+            batch = samples[rows]
+            mask = batch.attention_mask.to(seen.device)
+            seen.logits(batch.tokens, batch.attention_mask)
+            bar.update(len(batch))
+    after = samples.attention_mask.clone()
+    after[:, : position + 1] = False
+    counts = after.sum(0).double()
+    counts[counts == 0] = torch.nan
+    return BosAngles(
+        to_sink, to_others, {layer: total / counts for layer, total in by_position.items()}, cosine,
+        position, rotated, samples.bos, samples.ids,
+    )  # fmt: skip
+
+
+def sink_attention(
+    model: Any,
+    samples: Samples,
+    *,
+    position: int = 0,
+    batch_tokens: int | None = None,
+    show_progress: bool = True,
+) -> SinkAttention:
+    """The attention that one token gets from every head: of any model that shows its attention pattern.
+
+    Args:
+        model: `HookedTransformer` or `TransformerBridge`, in evaluation mode; inside `edit.applied(model)`
+            the edited one is measured.
+        samples: rows of tokens.
+        position: of the token, the same in every row; 0 is BOS where rows begin with it.
+        batch_tokens: most tokens in one batch, padding included.
+        show_progress: a progress bar over samples.
+
+    Raises:
+        TomsparseError: training mode; a position that some row does not have, or that is its last one; no
+            attention pattern is shown.
+    """
+    seen = view(model)
+    _check(seen, samples, position)
+    attention: dict[int, Tensor] = {}
+    rows = torch.zeros(0)
+    mask = torch.zeros(0)
+
+    def store(layer: int, pattern: Tensor) -> None:
+        looks = mask.clone()
+        looks[:, :position] = False
+        share = pattern[..., position].double() * looks[:, None]
+        kept = attention.setdefault(layer, torch.full((len(samples), pattern.shape[1]), torch.nan).double())
+        kept[rows] = (share.sum(-1) / looks.sum(1)[:, None]).cpu()
+
+    with (
+        torch.no_grad(),
+        seen.hooks(seen.pattern_hooks(store)),
+        tqdm(total=len(samples), desc="sink", disable=not show_progress) as bar,
+    ):
+        for rows in samples.batches(batch_tokens or _BATCH_TOKENS):
+            batch = samples[rows]
+            mask = batch.attention_mask.to(seen.device)
+            seen.logits(batch.tokens, batch.attention_mask)
+            bar.update(len(batch))
+    if not attention:
+        raise TomsparseError(f"{seen.name} shows no attention pattern (hook_pattern never fires).")
+    return SinkAttention(attention, position, samples.bos, samples.ids)
+
+
+def sink_shift(
+    before: SinkAttention, after: SinkAttention, *, eps: float = 0.3, threshold: float = 0.01
+) -> pd.DataFrame:
+    """How many of the sinks move: attention to the token changes by more than a threshold.
+
+    Args:
+        before: of the unedited model.
+        after: of the edited one, on the same samples and the same token.
+        eps: what attends to the token by more than this is a sink (before).
+        threshold: change of the mean attention that counts; the paper's is 0.01.
+
+    Returns:
+        One row a layer and a last one for all ("layer" -1): sinks (how many of heads times samples), shifted
+        (share of these), its exact 95 % interval (low, high; heads and samples taken as independent), and
+        mean_change over the sinks.
+
+    Raises:
+        TomsparseError: other samples, another token or other layers; eps or threshold outside [0, 1).
+    """
+    import pandas as pd
+
+    for value in (eps, threshold):
+        _check_eps(value)
+    same = before.ids == after.ids and before.position == after.position
+    if not same or set(before.attention) != set(after.attention):
+        raise TomsparseError("Before and after have other samples, tokens or layers; measure both alike.")
+    rows = []
+    total: list[tuple[Tensor, Tensor]] = []
+    for layer, values in before.attention.items():
+        sinks, change = values > eps, after.attention[layer] - values
+        total.append((sinks.flatten(), change.flatten()))
+        rows.append(_shifted(layer, sinks, change, threshold))
+    every, moved = (torch.cat(parts) for parts in zip(*total))
+    rows.append(_shifted(-1, every, moved, threshold))
+    return pd.DataFrame(rows)
+
+
+def _shifted(layer: int, sinks: Tensor, change: Tensor, threshold: float) -> dict[str, Any]:
+    n, moved = int(sinks.sum()), int((sinks & (change.abs() > threshold)).sum())
+    low, high = proportion_interval(moved, n)
+    share = moved / n if n else float("nan")
+    mean = float(change[sinks].mean()) if n else float("nan")
+    return {"layer": layer, "sinks": n, "shifted": share, "low": low, "high": high, "mean_change": mean}
+
+
+def _check(seen: ModelView, samples: Samples, position: int) -> None:
+    seen.require_eval()
+    check_length(seen, samples)
+    shortest = int(samples.lengths.min())
+    if not 0 <= position < shortest - 1:
+        raise TomsparseError(
+            f"position={position} must be at least 0 and before the last token of every row; the shortest "
+            f"has {shortest} tokens."
+        )
+
+
+def _check_eps(value: float) -> None:
+    if not 0 <= value < 1:
+        raise TomsparseError(f"A threshold of attention lies in [0, 1), not {value}.")
+
+
+def _key_name(position: int, bos: bool) -> str:
+    if position:
+        return f"token {position}"
+    return "BOS" if bos else "the first token (no BOS)"
