@@ -7,6 +7,7 @@ from . import plot
 from ._checks import TomsparseError
 from .edit import SparseEdit
 from .effect import Effect, effect
+from .enrichment import mask_by_frequency, mask_rank
 from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
 from .mask import SparseMask
@@ -59,6 +60,8 @@ __all__ = [
     "RotaryLayer",
     "FrequencyNorms",
     "frequency_norms",
+    "mask_by_frequency",
+    "mask_rank",
     "BosAngles",
     "SinkAttention",
     "bos_angles",

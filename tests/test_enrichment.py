@@ -1,0 +1,108 @@
+"""Masks by frequency and their ranks, against counting by hand and where the answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import pytest
+import tiny
+import torch
+from test_edit import a_mask
+
+import tl_tomsparse as tt
+from tl_tomsparse._model import view
+from tl_tomsparse.models import load_model
+
+
+def masked(model: Any, key: tuple[int, str], *entries: tuple[int, int, int]) -> tt.SparseMask:
+    chosen = torch.zeros(view(model).shape(key), dtype=torch.bool)
+    for entry in entries:
+        chosen[entry] = True
+    return tt.SparseMask.from_bool(model, {key: chosen})
+
+
+@pytest.mark.parametrize(("name", "adjacent", "turned"), [("Llama", False, 8), ("GPT-J", True, 4)])
+def test_counts_are_those_by_hand(name: str, adjacent: bool, turned: int) -> None:
+    model = load_model(families.directory(name), device="cpu")
+    mask = a_mask(model, share=0.05)
+    found = tt.mask_by_frequency(model, mask, n_random=30).set_index(["matrix", "frequency"])
+    n = turned // 2
+    for matrix in "QK":
+        expected = dict.fromkeys([*range(n), -1], 0)
+        for layer in range(2):
+            for _, _, d in mask.to_bool((layer, matrix)).nonzero().tolist():
+                m = -1 if d >= turned else (d // 2 if adjacent else d % n)
+                expected[m] += 1
+        for m, entries in expected.items():
+            if (matrix, m) in found.index:
+                row = found.loc[matrix, m]
+                assert row.entries == entries
+                assert row.share == pytest.approx(entries / sum(expected.values()))
+                assert row.random_low <= row.random_mean <= row.random_high
+            else:
+                assert (m, entries) == (-1, 0)
+    random = [tt.mask_by_frequency(model, mask.random_like(s), n_random=1).entries for s in range(30)]
+    assert found.random_mean.to_numpy() == pytest.approx(sum(r.to_numpy() for r in random) / 30)
+
+
+def test_a_mask_on_one_frequency_is_enriched_there_and_nowhere_else() -> None:
+    model = tiny.model("llama")
+    dims = tt.RotaryLayout.of(model)[0].pairs[2].tolist()
+    entries = [(head, row, dim) for head in range(4) for row in range(0, 30, 3) for dim in dims]
+    mask = masked(model, (0, "Q"), *entries)
+    found = tt.mask_by_frequency(model, mask, n_random=200).set_index("frequency")
+    assert found.share.tolist() == [0, 0, 1, 0]
+    assert found.enrichment[2] == pytest.approx(4, rel=0.1)
+    assert found.p[2] == pytest.approx(2 / 201)
+    assert (found.p[[0, 1, 3]] < 0.05).all()
+    assert found.radians.tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
+    same = tt.mask_by_frequency(model, mask, match="column", n_random=20).set_index("frequency")
+    assert same.random_mean.tolist() == same.entries.tolist()  # output channels are the mask's own
+
+
+def test_a_random_mask_is_not_enriched() -> None:
+    model = tiny.model("llama")
+    p = [
+        tt.mask_by_frequency(model, a_mask(model, seed=seed).random_like(1000), n_random=100).p.min()
+        for seed in range(8)
+    ]
+    assert sum(value < 0.01 for value in p) <= 2  # eight frequencies each, so few are small
+
+
+def test_ranks_are_those_of_whole_matrices() -> None:
+    model = tiny.model("qwen2")
+    mask = a_mask(model, share=0.02)
+    found = tt.mask_rank(model, mask, n_random=3).set_index(["layer", "matrix"])
+    for (layer, matrix), row in found.iterrows():
+        weight = view(model).weight((layer, matrix)).double() * mask.to_bool((layer, matrix))
+        flat = weight.transpose(0, 1).flatten(1)  # d_model by heads times d_head
+        assert row["rank"] == torch.linalg.matrix_rank(flat)
+        for match in ("matrix", "row", "column"):
+            named = f"random_{match}"
+            assert row[f"{named}_low"] <= row[named] <= row[f"{named}_high"]
+
+
+def test_one_input_channel_has_rank_one_and_so_has_every_mask_matched_by_row() -> None:
+    model = tiny.model("llama")
+    mask = masked(model, (0, "Q"), *((head, 7, dim) for head in range(4) for dim in range(5)))
+    row = tt.mask_rank(model, mask, n_random=5).iloc[0]
+    assert row["rank"] == row.random_row_low == row.random_row_high == 1
+    assert row.random_matrix_low > 5
+
+
+def test_refusals() -> None:
+    model = tiny.model("llama")
+    only_out = tt.SparseMask.from_bool(model, {(0, "out"): torch.ones(view(model).shape((0, "out"))).bool()})
+    for measure in (tt.mask_by_frequency, tt.mask_rank):
+        with pytest.raises(tt.TomsparseError, match="no entries in Q and K"):
+            measure(model, only_out)
+        with pytest.raises(tt.TomsparseError, match="n_random"):
+            measure(model, a_mask(model), n_random=0)
+        with pytest.raises(tt.TomsparseError, match="The mask"):
+            measure(tiny.model("llama", seed=1), a_mask(model))
+    with pytest.raises(tt.TomsparseError, match="matches"):
+        tt.mask_rank(model, a_mask(model), matches=("head",))  # type: ignore[arg-type]
+    bare = load_model(families.directory("GPT-2"), device="cpu")
+    with pytest.raises(tt.TomsparseError, match="no rotary frequencies"):
+        tt.mask_by_frequency(bare, a_mask(bare))
