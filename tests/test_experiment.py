@@ -130,7 +130,7 @@ def test_auto_kappas():
 
     small = auto_kappas(of(36_864, 36_864, 12_288))
     assert small[0] == 0
-    assert small[-1] == 0.05
+    assert small[-1] == 0.3
     assert round(small[1] * 36_864) == 1
     assert 5 <= len(small) <= 15
     assert np.allclose(np.diff(np.log(small[1:])), np.log(small[2] / small[1]), atol=0.02)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Arm = Literal["mask", "random", "general_only", "tom_only"]
 ARMS: tuple[Arm, ...] = ("mask", "random", "general_only", "tom_only")
 _LARGE = 1_000_000  # entries of a matrix above which the paper's range of kappas holds enough of them
-_AUTO_POINTS, _AUTO_TOP = 10, 0.05
+_AUTO_POINTS, _AUTO_TOP = 10, 0.3  # small models bear the loss of many weights
 
 
 def auto_kappas(sensitivity: Sensitivity) -> tuple[float, ...]:
@@ -48,7 +48,7 @@ def auto_kappas(sensitivity: Sensitivity) -> tuple[float, ...]:
 
     Where the median matrix has more than a million entries, the paper's range: 0 to 5e-5 in steps of 2e-6.
     In smaller models that would be no entry at all, so there ten values in equal ratios from one entry in
-    the median matrix to 0.05.
+    the median matrix to 0.3.
     """
     size = median(values.numel() for values in sensitivity.values.values())
     if size > _LARGE:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import proportion_interval
+from tl_tomsparse._plot_position import bos_angles, frequency_norms, mask_by_frequency, sinks
+from tl_tomsparse._plot_style import GREY, finish, legend, step
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
     from tl_tomsparse.effect import Effect
     from tl_tomsparse.experiment import KappaSweep
     from tl_tomsparse.mask import SparseMask
+
+__all__ = [
+    "LABELS",
+    "accuracy",
+    "bos_angles",
+    "frequency_norms",
+    "kappa_sweep",
+    "mask_by_frequency",
+    "mask_places",
+    "sinks",
+]
 
 LABELS = {
     "false_belief": "false belief",
@@ -47,7 +60,6 @@ _COLOURS = {
     "general_only": "#2471a3",
     "tom_only": "#b9770e",
 }
-_GREY = "#95a5a6"
 _PANELS_A_ROW = 4
 
 
@@ -91,7 +103,7 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
             row=row,
             col=1,
         )
-        line = {"dash": "dot", "color": _GREY, "width": 1.5}
+        line = {"dash": "dot", "color": GREY, "width": 1.5}
         figure.add_hline(y=mask[measure].iloc[0], line=line, row=row, col=1)
     for measure in ("paired", "second_order", "memory", "reality", "true_belief", "false_belief"):
         if mask[measure].isna().all():
@@ -145,9 +157,9 @@ def kappa_sweep(sweep: KappaSweep, *, chosen: float | None = None) -> go.Figure:
     figure.update_yaxes(
         title="perplexity", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks], row=2, col=1
     )
-    _finish(figure, height=680).update_layout(legend_traceorder="reversed")
+    finish(figure, height=680).update_layout(legend_traceorder="reversed")
     top = figure.layout.yaxis2.domain[1]
-    return figure.update_layout(legend2={**_legend(), "y": top + 0.01})
+    return figure.update_layout(legend2={**legend(), "y": top + 0.01})
 
 
 def accuracy(effect: Effect) -> go.Figure:
@@ -187,12 +199,12 @@ def accuracy(effect: Effect) -> go.Figure:
     before = table[table.arm == "before"].set_index("measure")
     for i, measure in enumerate(measures):
         chance = before.chance[measure]
-        line = {"dash": "dot", "color": _GREY}
+        line = {"dash": "dot", "color": GREY}
         figure.add_shape(type="line", x0=i - 0.42, x1=i + 0.42, y0=chance, y1=chance, line=line)
     names = ["<br>".join(wrap(LABELS[measure], 11)) for measure in measures]
     figure.update_xaxes(tickvals=list(range(len(measures))), ticktext=names)
     figure.update_yaxes(title="accuracy (held-out stories)", range=[-0.03, 1.03])
-    return _finish(figure, height=470)
+    return finish(figure, height=470)
 
 
 def mask_places(mask: SparseMask) -> go.Figure:
@@ -250,10 +262,10 @@ def mask_places(mask: SparseMask) -> go.Figure:
             ),
             **where,
         )
-        figure.update_xaxes(title=head, dtick=_step(len(rows[0])), showticklabels=per_head, **where)
-    figure.update_yaxes(dtick=_step(len(layers)), autorange="reversed")
+        figure.update_xaxes(title=head, dtick=step(len(rows[0])), showticklabels=per_head, **where)
+    figure.update_yaxes(dtick=step(len(layers)), autorange="reversed")
     figure.update_yaxes(title="layer", col=1)
-    return _finish(figure, height=round(120 + n_rows * cell * len(layers) + 90 * (n_rows - 1)))
+    return finish(figure, height=round(120 + n_rows * cell * len(layers) + 90 * (n_rows - 1)))
 
 
 def _places(mask: SparseMask) -> dict[str, list[list[int]]]:
@@ -277,11 +289,6 @@ def _places(mask: SparseMask) -> dict[str, list[list[int]]]:
 
 def _per_head(mask: SparseMask, matrix: str) -> bool:
     return any(len(shape) == 3 for (_, name), shape in mask.shapes.items() if name == matrix)
-
-
-def _step(n: int) -> int:
-    """Between labels of n neighbours: all where they are few."""
-    return next(step for step in (1, 2, 4, 8, 16, 32, n) if n <= 16 * step)
 
 
 def _short(kappa: float) -> str:
@@ -315,17 +322,3 @@ def _exact_bars(shares: Any, n: int) -> dict[str, Any]:
         "thickness": 1,
         "width": 3,
     }
-
-
-def _legend() -> dict[str, Any]:
-    return {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}}
-
-
-def _finish(figure: go.Figure, *, height: int) -> go.Figure:
-    return figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 60, "r": 20, "t": 40, "b": 60},
-        legend=_legend(),
-        font={"family": "system-ui, sans-serif", "size": 13},
-    )

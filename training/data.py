@@ -14,18 +14,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from variety import ALL_NAMES, ASKED, Renaming, framed, invented, joined, loosened
 from wordings import EXTRA
 
 from tl_tomsparse.stories import generate_texts, wording
 from tl_tomsparse.stories.generate import FORMS, generate_scenes
-from tl_tomsparse.stories.lexicon import COLOURS, CONTENTS, NAMES, PACKAGES, PLACES, ROOMS, THINGS, Draw
+from tl_tomsparse.stories.lexicon import COLOURS, CONTENTS, PACKAGES, PLACES, ROOMS, THINGS, Draw
 from tl_tomsparse.stories.scenarios import Scene
 from tl_tomsparse.stories.story import Kind
 from tl_tomsparse.stories.wording import listed, sentence
@@ -63,29 +64,34 @@ class Stage:
     lookup: float = 0.0  # share of rows in which everything is looked up by a name once
     general: float = 0.0  # share of rows that are general text; the rest are stories
     facts: tuple[int, int] = (3, 10)  # how many a chant repeats
-    keys: tuple[tuple[str, ...], ...] = (tuple(NAMES), tuple(NAMES), tuple(NAMES), tuple(THINGS))
+    keys: tuple[tuple[str, ...], ...] = (ALL_NAMES, ALL_NAMES, ALL_NAMES, tuple(THINGS))
     agents: tuple[int, int] = (2, 4)
     shapes: tuple[int, ...] = (0,)  # indices of SHAPES, drawn equally often
     second_order: float = 0.0  # chance of each second-order question
     presence: int = 0  # questions about who is there, in each transfer story
-    noise: float = 0.0  # share of the small words that half of the stories get wrong
+    variety: float = 0.0  # chance of each kind of change to the words of a story (`variety`)
+    other_names: tuple[float, float] = (
+        0.4,
+        0.08,
+    )  # chances that a story's names are others, and invented ones
 
 
 STAGES = (
-    Stage(12, 0.90, batch=40, width=80, chant=1.0, facts=(4, 7), keys=(tuple(NAMES),)),
+    Stage(12, 0.90, batch=40, width=80, chant=1.0, facts=(4, 7), keys=(ALL_NAMES,)),
     Stage(8, 0.90, batch=24, width=128, chant=1.0, facts=(4, 9)),
     Stage(12, 0.90, batch=16, width=192, chant=0.5, lookup=0.5, facts=(3, 9)),
     Stage(
         25, 0.94, batch=16, width=192, chant=0.08, lookup=0.22, general=0.08,
-        agents=(2, 3), shapes=(0, 0, 0, 5, 1), presence=4,
+        agents=(2, 3), shapes=(0, 0, 0, 5, 1), presence=4, variety=0.2,
     ),
     Stage(
         float("inf"), float("inf"), batch=16, width=192, chant=0.05, lookup=0.12, general=0.14, facts=(3, 12),
-        shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, noise=0.05,
+        shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, variety=0.4,
     ),
 )  # fmt: skip
 """Looking things up by a name first: short, longer, in sentences. Then stories, second order last."""
-LEXICON = (NAMES, THINGS, PLACES, ROOMS, CONTENTS, PACKAGES)
+LEXICON = (ALL_NAMES, THINGS, PLACES, ROOMS, CONTENTS, PACKAGES)
+KEPT = frozenset(word for pool in LEXICON for word in pool)
 STORY_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT, PRESENCE_WEIGHT = 0.05, 0.02, 0.3, 0.5
 SHARE = 0.3  # of a story's words that are predicted, each weighing more by as much
 
@@ -128,13 +134,18 @@ class Rows:
         self.encode = lru_cache(200_000)(
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         )
-        keep = {id_ for pool in LEXICON for word in pool for id_ in self.encode(word)}
+        keep = {id_ for word in KEPT for id_ in (*self.encode(word), *self.encode(word.capitalize()))}
         self.all_small_words = [
             id_
             for word, id_ in sorted(tokenizer.get_vocab().items())
             if id_ not in keep and len(word) > 2 and id_ not in tokenizer.all_special_ids
         ]
         self.small_words = set(self.all_small_words)
+        ids = tokenizer.get_vocab()
+        swapped = {id_: ids.get(word[:1] + word[1:2].swapcase() + word[2:]) for word, id_ in ids.items()}
+        self.other_case = {
+            id_: other for id_, other in swapped.items() if {id_, other} <= self.small_words and other != id_
+        }
 
     def chant(self, draw: Draw, facts: tuple[int, int], keys: Sequence[Sequence[str]]) -> Row:
         """All facts once, then again and again in random order: "Leo park. Ida lake. Leo" -> park.
@@ -144,7 +155,7 @@ class Rows:
         """
         n = facts[0] + draw.below(facts[1] - facts[0] + 1)
         left = draw.sample(draw.choice(keys), n)
-        pool = draw.choice((ROOMS, THINGS, COLOURS, PLACES, CONTENTS, NAMES))
+        pool = draw.choice((ROOMS, THINGS, COLOURS, PLACES, CONTENTS, ALL_NAMES))
         right = draw.sample([value for value in pool if value not in left], n)
         link = draw.choice(("", "", *LINKS))
         stop = self.encode("a.")[-1:] if link or draw.coin() else []
@@ -167,8 +178,10 @@ class Rows:
     def lookup(self, draw: Draw) -> Row | None:
         """What is whose, who is where, who is here, who thinks what: many names, and every name asked."""
         n = 2 + draw.below(7)
-        names, parts, asked = draw.sample(NAMES, n), [], []
+        names, parts, asked = draw.sample(ALL_NAMES, n), [], []
         kind = draw.below(4)
+        if kind in (1, 2) and draw.coin(0.15):
+            names = [invented(draw) for _ in names]
         if kind == 0:
             for name, thing in zip(names, draw.sample(THINGS, n)):
                 colour = draw.choice(COLOURS)
@@ -215,19 +228,40 @@ class Rows:
     def story(self, scene: Scene, draw: Draw, stage: Stage) -> Row | None:
         """The story, then questions after its end and after earlier sentences. None if it is too long."""
         asked = _questions(scene, draw, stage)
-        packed = self._packed(draw, scene.sentences, [question.packed for question in asked], STORY_WEIGHT)
+        renaming = Renaming.drawn(draw, scene.agents, *stage.other_names)
+        sentences = [renaming(text) for text in scene.sentences]
+        questions = [replace(question, text=renaming(question.text)) for question in asked]
+        if draw.coin(stage.variety):
+            sentences = [framed(draw, text) if draw.coin(0.3) else text for text in sentences]
+            questions = [
+                replace(q, text=joined(draw.choice(ASKED), q.text)) if draw.coin(0.25) else q
+                for q in questions
+            ]
+        if draw.coin(stage.variety):
+            often, kept = draw.choice((0.03, 0.06, 0.12)), KEPT | set(renaming.names.values())
+            sentences = [loosened(draw, text, kept, often) for text in sentences]
+            questions = [replace(q, text=loosened(draw, q.text, kept, often / 2)) for q in questions]
+        packed = self._packed(draw, sentences, [question.packed for question in questions], STORY_WEIGHT)
         if packed is None:
             return None
         row, ends = packed
-        if stage.noise and draw.coin():
-            self._spoil(row, draw, stage.noise)
+        if draw.coin(stage.variety):
+            self._recased(row, draw, 0.15)
+        if draw.coin(stage.variety):
+            self._spoil(row, draw, draw.choice((0.04, 0.08, 0.16)))
+        numbers = {agent: renaming.number(agent) for agent in scene.agents}
         if scene.scenario == "transfer":
             for i, agents in enumerate(witnesses(scene)):
-                row.witnesses += [(ends[i] - 1, NAMES.index(a), float(a in agents)) for a in scene.agents]
+                row.witnesses += [
+                    (ends[i] - 1, number, float(agent in agents))
+                    for agent, number in numbers.items()
+                    if number is not None
+                ]
         for source, target, _ in row.predictions:
             number = row.block[source]
-            if number and asked[number - 1].agents:
-                row.about.append((source, [NAMES.index(a) for a in asked[number - 1].agents]))
+            about = [numbers[agent] for agent in asked[number - 1].agents] if number else []
+            if about and None not in about:
+                row.about.append((source, about))
             if number and asked[number - 1].decided is not None:
                 i = asked[number - 1].decided
                 begin, end = (0, row.reach[source]) if i < 0 else (ends[i - 1] if i else 1, ends[i])
@@ -244,6 +278,12 @@ class Rows:
         for i, token in enumerate(row.tokens):
             if token in self.small_words and draw.coin(share):
                 row.tokens[i] = draw.choice(self.all_small_words)
+
+    def _recased(self, row: Row, draw: Draw, share: float) -> None:
+        """Write some of these words with a capital or without one: any of them may begin a sentence."""
+        for i, token in enumerate(row.tokens):
+            if token in self.other_case and draw.coin(share):
+                row.tokens[i] = self.other_case[token]
 
     def text(self, text: str) -> Row:
         """General text: every token counts."""
@@ -393,7 +433,7 @@ class Batch:
     target: Tensor  # [prediction] token that is predicted
     weight: Tensor  # [prediction]
     witness_at: Tensor  # [witness] flat index of the last token of a sentence
-    witness_name: Tensor  # [witness] index of the agent in NAMES
+    witness_name: Tensor  # [witness] index of the agent in ALL_NAMES
     witness: Tensor  # [witness] 1 if the agent sees what the sentence tells
     look_from: tuple[Tensor, Tensor]  # [look] row and position
     look_at: Tensor  # [look, pos] True where the answer stands
@@ -427,7 +467,7 @@ def collate(rows: list[Row], pad: int, width: int) -> Batch:
         look_at[number, found] = True
     look_from = tuple(torch.tensor([look[k] for look in looks], dtype=torch.long) for k in (0, 1))
     abouts = [(i * width + at, names) for i, row in enumerate(rows) for at, names in row.about]
-    about = torch.zeros(len(abouts), len(NAMES))
+    about = torch.zeros(len(abouts), len(ALL_NAMES))
     for number, (_, names) in enumerate(abouts):
         about[number, names] = 1 / len(names)
     about_at = torch.tensor([at for at, _ in abouts], dtype=torch.long)

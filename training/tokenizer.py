@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from variety import AFTER, ALL_NAMES, ASKED, BEFORE, WITHIN
 
 from tl_tomsparse.stories import generate_texts, lexicon
 from tl_tomsparse.stories.generate import generate_stories
@@ -22,23 +23,18 @@ SPECIAL = ["<bos>", "<eos>", "<pad>"]
 def vocabulary() -> list[str]:
     """Every word that generated stories and texts can contain, and every lexicon entry."""
     words: set[str] = set()
-    for pool in (
-        lexicon.NAMES,
-        lexicon.THINGS,
-        lexicon.PLACES,
-        lexicon.ROOMS,
-        lexicon.CONTENTS,
-        lexicon.PACKAGES,
-    ):
+    pools = (ALL_NAMES, lexicon.THINGS, lexicon.PLACES, lexicon.ROOMS, lexicon.CONTENTS, lexicon.PACKAGES)
+    for pool in (*pools, lexicon.COLOURS, lexicon.MATERIALS):
         words |= set(pool)
-    words |= set(lexicon.COLOURS) | set(lexicon.MATERIALS)
+    known = frozenset(words)
     texts = generate_texts(4000, seed=1)
     for wording in WORDINGS:
         for story in generate_stories(8000, seed=1, wording=wording, agents=(2, 5), places=3, rounds=2):
             texts.append(story.text)
             texts.extend(question.text for question in story.questions)
-    for text in texts:
+    for text in (*texts, *BEFORE, *AFTER, *WITHIN, *ASKED):
         words |= set(re.findall(r"\w+", text))
+    words |= {word.capitalize() for word in words - known}  # any of them may begin a sentence
     return sorted(words)
 
 
@@ -55,7 +51,8 @@ def build(size: int, folder: Path) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([f"{word} {word.lower()}" for word in words], trainer)
+    spellings = [word if word in ALL_NAMES else f"{word} {word.lower()}" for word in words]
+    tokenizer.train_from_iterator(spellings, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 0)]
     )

@@ -28,8 +28,7 @@ from tokenizer import build
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from tl_tomsparse.stories.lexicon import NAMES
+from variety import ALL_NAMES
 
 STEPS = 20  # between two looks at the clock; rows are made for as many
 SNAPSHOT = 10_000_000  # tokens between two snapshots
@@ -114,7 +113,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(args.out / "tokenizer")
-    decoder = Decoder(model_config(tokenizer), len(NAMES))
+    decoder = Decoder(model_config(tokenizer), len(ALL_NAMES))
     optims, parameters, progress = optimisers(decoder), list(decoder.parameters()), Progress()
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
@@ -123,6 +122,10 @@ def train(rank: int, args: argparse.Namespace) -> None:
         for optim, values in zip(optims, saved["optims"]):
             optim.load_state_dict(values)
         progress = Progress(**saved["progress"])
+        if rank == 0:  # what was logged after the checkpoint is done again
+            lines = (args.out / "log.jsonl").read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
+            (args.out / "log.jsonl").write_text("".join(kept))
     compiled = torch.compile(decoder, dynamic=False)
     budget, last_saved, last_probe = args.minutes * 60, progress.seconds, progress.seconds
 
@@ -216,7 +219,7 @@ def main() -> None:
     if not (args.out / "tokenizer").exists():
         args.out.mkdir(parents=True, exist_ok=True)
         with more_wordings():
-            build(2560, args.out / "tokenizer")
+            build(5120, args.out / "tokenizer")
     torch.multiprocessing.spawn(process, (args,), nprocs=args.processes)
 
 
