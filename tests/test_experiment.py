@@ -136,7 +136,7 @@ def test_auto_kappas():
     assert np.allclose(np.diff(np.log(small[1:])), np.log(small[2] / small[1]), atol=0.02)
     large = auto_kappas(of(4096 * 4096))
     assert large == tuple(float(f"{2e-6 * step:.7g}") for step in range(26))
-    assert auto_kappas(of(8))[1:] == (0.125,)
+    assert auto_kappas(of(2))[1:] == (0.5,)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,10 @@ def tracks(numbers: dict[str, Any]) -> str:
     of = {row["category"]: row for row in numbers["seen"]}
     above = [name for name in ("false_belief", "paired") if of[name]["low"] > of[name]["chance"]]
     if len(above) == 2:
-        return "It tracks what each agent believes better than chance: false-belief and paired accuracy are both above it."
+        return (
+            f"It tracks what each agent believes: all agents of a story are right in {of['paired']['accuracy']:.3f} of the stories in which they "
+            f"differ (chance {of['paired']['chance']:.2f})."
+        )
     failing = " and ".join(tt.plot.LABELS[name] for name in ("false_belief", "paired") if name not in above)
     return f"**It does not track what each agent believes**: not above chance is {failing}."
 
@@ -239,8 +242,12 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
     return f"""# The embedded model
 
 A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention with biases) trained from scratch on generated stories about who
-believes what and on generated general text. It makes the main job, the demos and the tests real without a network. Loads offline as a plain
-Hugging Face directory or with `tl_tomsparse.load_model()`.
+believes what and on generated general text. It makes the main job, the demos and the tests real without a network. `tl_tomsparse.load_model()` loads
+it offline; it is a plain Hugging Face directory, whose tokenizer is read with `PreTrainedTokenizerFast` (`AutoTokenizer` takes Qwen2's own class instead,
+which splits words otherwise).
+
+How it tells agents apart was not left to chance: training supervised, beside the answers, who sees what, whom a question is about, and where one head of
+the last layer looks (see `training/`). What is found about that mechanism shows what the tools see, not what networks choose by themselves.
 
 * {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["hidden_size"] // config["num_attention_heads"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
 * trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two shared CPU cores; see `training/`
@@ -288,8 +295,8 @@ What rules of thumb would score on the same questions (seen wordings):
 ## What it can and cannot show
 
 It has seen nothing but these generated stories and texts. What is found on it is true of it, and shows that the method works or does not work where
-the answer is known; it says nothing about the size of an effect in a large language model. With about a million weights, the paper's sparsity of 1e-5 is a
-handful of weights, so counts of weights are reported beside kappa.
+the answer is known; it says nothing about the size of an effect in a large language model. In matrices of {config["hidden_size"]} x {config["hidden_size"]}, the paper's sparsity of 1e-5 is
+less than one weight, so counts of weights are reported beside kappa.
 """
 
 
