@@ -26,6 +26,7 @@ from tl_tomsparse.stories import CATEGORIES, Story
 SEEDS = (0, 1, 2)
 NUMBERS = EMBEDDED / "evaluation.json"
 LOG = Path(__file__).parent / "log.jsonl"
+INDEPENDENT = Path(__file__).parent / "independent.jsonl"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- numbers: written by training/card.py -->", "<!-- end of numbers -->"
 
@@ -58,9 +59,14 @@ def shortcuts(stories: list[Story]) -> dict[str, dict[str, float]]:
 
 
 def measured(model: object, wording: str, n: int) -> tuple[pd.DataFrame, list[Story]]:
-    """Accuracies over all seeds together, and paired accuracy as one more row."""
+    """Accuracies over all seeds together, and the stories."""
     stories = [s for seed in SEEDS for s in tt.generate_stories(n, seed=seed, split="test", wording=wording)]  # type: ignore[arg-type]
-    scores = tt.score_stories(model, stories)
+    return accuracies(model, stories), stories
+
+
+def accuracies(model: object, stories: list[Story]) -> pd.DataFrame:
+    """Accuracy by category, and paired accuracy as one more row."""
+    scores = tt.score_stories(model, stories, show_progress=False)
     paired = (
         scores.paired()
         .query("subset == 'false_belief_stories'")
@@ -68,7 +74,7 @@ def measured(model: object, wording: str, n: int) -> tuple[pd.DataFrame, list[St
         .assign(category="paired")
     )
     columns = ["category", "n", "accuracy", "low", "high", "chance"]
-    return pd.concat([scores.accuracy()[columns], paired[columns]], ignore_index=True), stories
+    return pd.concat([scores.accuracy()[columns], paired[columns]], ignore_index=True)
 
 
 def second_order_paired(model: object, stories: list[Story]) -> float:
@@ -134,6 +140,7 @@ def measure(n: int) -> dict[str, Any]:
     log = [json.loads(line) for line in LOG.read_text().splitlines()]
     seen, stories = measured(model, "seen", n)
     new, _ = measured(model, "new", n)
+    others = tt.read_jsonl(INDEPENDENT)
     attention, layer, head = sink(model, stories[:40])
     windows = tt.text_samples(model, tt.generate_texts(200, seed=5, split="test"), n=100)
     return {
@@ -141,6 +148,10 @@ def measure(n: int) -> dict[str, Any]:
         "stories": n,
         "seen": seen.to_dict("records"),
         "new": new.to_dict("records"),
+        "independent": {
+            names: accuracies(model, [s for s in others if s.id.startswith(names)]).to_dict("records")
+            for names in ("lexicon", "other")
+        },
         "second_order_paired": second_order_paired(model, stories),
         "shortcuts": shortcuts(stories),
         "lookup": lookup(model, 300),
@@ -269,6 +280,15 @@ Wordings that training saw:
 Wordings kept from training:
 
 {table(numbers["new"])}
+
+Stories by another hand (`training/independent.jsonl`: 250 transfer stories with these names and 250 with others, two or three agents, of a generator
+that was written without sight of this package's wordings and never used in training; their places are this package's). With the names of this package:
+
+{table(numbers["independent"]["lexicon"])}
+
+With other names:
+
+{table(numbers["independent"]["other"])}
 
 First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
 {recall}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
