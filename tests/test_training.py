@@ -298,6 +298,19 @@ def test_match_heads_look_at_what_stood_with_the_same_word(data, model, decoder,
     assert sum(right) / len(right) > 2 * sum(wrong) / len(wrong)
 
 
+def test_no_two_heads_begin_alike(decoder):
+    """They would have the same gradients and never part."""
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        heads = attention.q_proj.weight.detach().view(attention.heads, attention.d_head, -1)
+        biases = attention.q_proj.bias.detach().view(attention.heads, -1)
+        outs = attention.o_proj.weight.detach().view(-1, attention.heads, attention.d_head).transpose(0, 1)
+        for a in range(attention.heads):
+            for b in range(a):
+                same = [torch.equal(part[a], part[b]) for part in (heads, biases, outs)]
+                assert not all(same), (a, b)
+
+
 def test_wordings_of_training_are_not_the_ones_kept_from_it(data):
     for kind, pool in data.EXTRA.items():
         assert kind in POOLS["seen"]

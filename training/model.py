@@ -219,7 +219,11 @@ def match_heads(shift: Attention, match: Attention, frequencies: Tensor) -> None
     match.v_proj.weight[:d_head] = copied.T
     for head in range(match.heads // match.groups):
         match.q_proj.weight[head * d_head : (head + 1) * d_head] = 0.0
-        match.q_proj.weight[rows + head * d_head] = (read + written).T[:n]
+        compared = (read + written).T[:n]
+        # A little apart: two heads that begin alike have the same gradients, and stay one head for ever.
+        match.q_proj.weight[rows + head * d_head] = compared + 0.1 * d_model**-0.5 * torch.randn_like(
+            compared
+        )
         match.o_proj.weight[:, head * d_head : (head + 1) * d_head] = 0.1 * copied
 
 
