@@ -91,6 +91,21 @@ def test_one_input_channel_has_rank_one_and_so_has_every_mask_matched_by_row() -
     assert row.random_matrix_low > 5
 
 
+def test_random_masks_may_leave_a_matrix_empty_and_one_kind_may_be_a_string() -> None:
+    model = tiny.model("llama")
+    keys = {
+        key: torch.zeros(view(model).shape(key), dtype=torch.bool) for key in view(model).keys(("Q", "K"))
+    }
+    keys[0, "Q"].view(-1)[:3] = True
+    mask = tt.SparseMask.from_bool(model, keys)
+    found = tt.mask_rank(model, mask, matches="total", n_random=5)
+    assert found.random_total_low.iloc[0] == 0
+    assert len(found) == 1
+    everything = tt.SparseEdit.scale(model, a_mask(model), 0.0)
+    with everything.applied(model), pytest.raises(tt.TomsparseError, match="active edit"):
+        tt.mask_rank(model, a_mask(tiny.model("llama")))
+
+
 def test_refusals() -> None:
     model = tiny.model("llama")
     only_out = tt.SparseMask.from_bool(model, {(0, "out"): torch.ones(view(model).shape((0, "out"))).bool()})

@@ -98,6 +98,8 @@ def test_angles_and_sinks_and_their_change(model, edit):
     other = some_samples((10, 12))
     with pytest.raises(tt.TomsparseError, match="other samples"):
         plot.bos_angles(angles, after=tt.bos_angles(model, other, **QUIET))
+    with pytest.raises(tt.TomsparseError, match="rotated=True and rotated=False"):
+        plot.bos_angles(angles, after=tt.bos_angles(model, samples, rotated=False, **QUIET))
     with pytest.raises(tt.TomsparseError, match="other samples"):
         plot.sinks(sinks, after=tt.sink_attention(model, other, **QUIET))
 

@@ -218,3 +218,51 @@ def test_layout_as_a_table() -> None:
     assert frame.wavelength.to_numpy() == pytest.approx(2 * math.pi / frame.radians.to_numpy())
     assert layout[0].rotary_dim == 2 * len(layout[0].frequencies)
     assert "context 128" in repr(layout)
+
+
+def test_a_rotation_hidden_by_training_mode_or_an_edit_is_found_afterwards() -> None:
+    model = tiny.model("llama")
+    view(model)._rotations = None
+    with pytest.raises(tt.TomsparseError, match="training mode"):
+        tt.RotaryLayout.of(model.train())
+    model.eval()
+    everything = tt.SparseMask.from_bool(model, {(0, "Q"): torch.ones(view(model).shape((0, "Q"))).bool()})
+    with tt.SparseEdit.scale(model, everything, 0.0).applied(model):
+        tt.RotaryLayout.of(model)
+    assert list(tt.RotaryLayout.of(model)) == [0, 1]
+
+
+def test_large_slow_pairs_do_not_hide_the_rotation_in_half_precision(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = families.made(
+        "Qwen2",
+        **families.common(),
+        **families.rope("default") | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    )()
+    hf = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.bias.view(-1, D_HEAD)[:, [3, 7]] = 20.0
+    hf.save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        layout = tt.RotaryLayout.of(load_model(tmp_path, device="cpu", dtype=dtype))
+        assert layout[1].frequencies.tolist() == pytest.approx([1, 10**-1.5, 1e-3, 10**-4.5], rel=1e-5)
+
+
+def test_long_context_factors_are_no_obstacle_where_the_pattern_is_compared(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    scaling = families.rope("yarn", factor=4.0, original_max_position_embeddings=32)
+    config = families.made("GPTNeoX", **families.without("num_key_value_heads"), **scaling)()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    layout = tt.RotaryLayout.of(load_model(tmp_path, device="cpu"))
+    assert list(layout) == [0, 1]
+
+
+def test_batches_of_no_tokens_are_refused() -> None:
+    with pytest.raises(tt.TomsparseError, match="batch_tokens"):
+        tt.frequency_norms(tiny.model(), some_samples(), batch_tokens=0)

@@ -153,8 +153,14 @@ def test_rates_and_shifts_are_counted() -> None:
     frame = first.to_frame()
     assert frame.query("layer == 0").rate.tolist() == [1.0, 0.5]
     assert "BOS" in repr(first)
-    with pytest.raises(tt.TomsparseError, match="other samples"):
-        tt.sink_shift(first, tt.SinkAttention(second.attention, 1, True, ("a", "b")))
+    for other, said in (
+        (tt.SinkAttention(second.attention, 1, True, ("a", "b")), "position=0 and position=1"),
+        (tt.SinkAttention(second.attention, 0, False, ("a", "b")), "bos=True and bos=False"),
+        (tt.SinkAttention(second.attention, 0, True, ("a", "c")), "other samples"),
+        (tt.SinkAttention({0: second.attention[0]}, 0, True, ("a", "b")), "other layers"),
+    ):
+        with pytest.raises(tt.TomsparseError, match=said):
+            tt.sink_shift(first, other)
     with pytest.raises(tt.TomsparseError, match=r"lies in \[0, 1\)"):
         first.rate(1.5)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from typing import Any, cast
@@ -97,6 +97,7 @@ class ModelView:
         self._hook_names = frozenset(model.hook_dict)
         self._identity: tuple[dict[Key, tuple[int, int, int]], ModelIdentity] | None = None
         self._centred: tuple[tuple[int, int], bool] | None = None
+        self._rotations: tuple[dict[int, Rotation], dict[int, str]] | None = None
 
         self._weights = Weights(model, self.name)
         shapes = {matrix: self.shape((layer, matrix)) for layer, matrix in self._weights.readable}
@@ -269,12 +270,17 @@ class ModelView:
                 found.setdefault((tensor.data_ptr(), tensor.storage_offset(), tensor.shape), tensor.detach())
         return list(found.values())
 
-    @cached_property
+    @property
     def rotations(self) -> tuple[dict[int, Rotation], dict[int, str]]:
         """How each layer turns queries and keys by their position, checked on its activations; and for each
-        other layer with attention why nothing is offered.
+        other layer with attention why nothing is offered. Found once, on the unedited model.
         """
-        return find_rotations(self)
+        if self._rotations is not None:
+            return self._rotations
+        found = find_rotations(self)
+        if not self.active_edits:  # an edit may hide a rotation, for as long as it lasts
+            self._rotations = found
+        return found
 
     def rotated_hooks(self, layers: Collection[int], store: Callable[[int, str, Tensor], None]) -> list[Hook]:
         """Forward hooks that hand over queries and keys after the rotation.

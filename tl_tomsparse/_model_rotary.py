@@ -33,6 +33,8 @@ class Rotation:
         first, second: `[pairs]` the two dimensions of a head that each frequency turns.
         sites: hook points that show queries and keys.
         shown_rotated: whether they show them after the rotation (True) or before it.
+
+    A factor on rotated queries and keys (yarn) is not part of it: turning back leaves it in.
     """
 
     frequencies: Tensor
@@ -57,6 +59,7 @@ class Rotation:
 
 def find_rotations(model_view: ModelView) -> tuple[dict[int, Rotation], dict[int, str]]:
     """The rotation of each layer that has one, and for each other layer with attention why there is none."""
+    model_view.require_eval()  # dropout would make every position another one
     length = min(LENGTH, model_view.n_ctx)
     same = torch.full((1, length), (2 * model_view.d_vocab) // 3)
     varied = ((torch.arange(length) * 7 + 3) % model_view.d_vocab)[None]
@@ -77,24 +80,21 @@ def find_rotations(model_view: ModelView) -> tuple[dict[int, Rotation], dict[int
             error_of: Callable[[Rotation], float] = partial(_error_of_pattern, plain, at)
             sites = (at + "hook_q", at + "hook_k")
         else:
-            if not _moves(seen[at + "hook_rot_q"]):
-                reasons[layer] = "its queries are not rotated"
-                continue
             error_of = partial(_error_of_rotated, seen, at)
             sites = (at + "hook_rot_q", at + "hook_rot_k")
         tried = [
             Rotation(frequencies, *_pairs(len(frequencies), adjacent), sites, layer not in silent)
-            for frequencies in candidates
+            for frequencies in (*candidates, torch.zeros(1, dtype=torch.float64))
             for adjacent in (False, True)
         ]
         errors = [error_of(rotation) for rotation in tried]
-        best = min(range(len(tried)), key=errors.__getitem__, default=None)
-        if best is not None and errors[best] < _tolerance(
-            seen.get(at + "hook_rot_q", plain.get(at + "hook_q"))
-        ):
-            found[layer] = tried[best]
-        else:
+        best = min(range(len(tried)), key=errors.__getitem__)
+        if not errors[best] < _tolerance(seen.get(at + "hook_rot_q", plain.get(at + "hook_q"))):
             reasons[layer] = "its queries and keys are not those that any of its frequencies predict"
+        elif not tried[best].frequencies.any():
+            reasons[layer] = "its queries are not rotated"
+        else:
+            found[layer] = tried[best]
     return found, reasons
 
 
@@ -139,38 +139,55 @@ def _candidates(model_view: ModelView, layer: int, seen: dict[str, Tensor]) -> I
         yield theta[::2]
 
 
-def _moves(rotated: Tensor) -> bool:
-    """Whether rows of one repeated token differ from position to position."""
-    change = (rotated[:, 1:] - rotated[:, :1]).float().norm()
-    return bool((change > _tolerance(rotated) * rotated.float().norm()).item())
-
-
 def _tolerance(value: Tensor | None) -> float:
     return 1e-3 if value is not None and value.element_size() >= 4 else 5e-2
 
 
 def _error_of_rotated(seen: dict[str, Tensor], at: str, rotation: Rotation) -> float:
-    """How far queries and keys are from the first position's, turned: relative, of their norm."""
+    """How far queries and keys are from the first position's, turned: relative to the norm of each pair, so
+    that large slow pairs, which hardly turn, do not hide the others; a mean over heads and dimensions.
+    """
     worst = 0.0
     for name in ("hook_rot_q", "hook_rot_k"):
-        rotated = seen[at + name].double().cpu()
+        rotated = seen[at + name].cpu().double()
         if 2 * len(rotation.frequencies) > rotated.shape[-1]:
             return float("inf")
         positions = torch.arange(rotated.shape[1])[None]
         predicted = rotation.turn(rotated[:, :1].expand_as(rotated), positions)
-        worst = max(worst, float((predicted - rotated).norm() / rotated.norm()))
+        power = rotated.square().sum((0, 1))
+        first, second = rotation.first, rotation.second
+        power[:, first] = power[:, second] = power[:, first] + power[:, second]
+        error = (predicted - rotated).square().sum((0, 1))
+        there = power > 0
+        worst = max(worst, float((error[there] / power[there]).sqrt().mean()) if there.any() else 0.0)
     return worst
 
 
 def _error_of_pattern(plain: dict[str, Tensor], at: str, rotation: Rotation) -> float:
-    """How far the attention pattern is from the softmax of the products of turned queries and keys."""
+    """How far the attention pattern is from the softmax of the products of turned queries and keys, turned
+    and other dimensions each times whatever one factor explains it best: scales differ, and long-context
+    rotations have a factor of their own.
+    """
     q, k, pattern = (plain.get(at + name) for name in ("hook_q", "hook_k", "hook_pattern"))
     if q is None or k is None or pattern is None or 2 * len(rotation.frequencies) > q.shape[-1]:
         return float("inf")
     positions = torch.arange(q.shape[1])[None]
-    q, k = (rotation.turn(x.double().cpu(), positions) for x in (q, k))
+    q, k = (rotation.turn(x.cpu().double(), positions) for x in (q, k))
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    turned = torch.zeros(q.shape[-1], dtype=torch.bool)
+    turned[rotation.first] = turned[rotation.second] = True
+    scores = torch.stack([torch.einsum("bqhd,bkhd->bhqk", q * part, k) for part in (turned, ~turned)])
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    predicted = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return float((predicted - pattern.double().cpu()).norm() / predicted.norm())
+    shown = pattern.cpu().double()
+    counted = (shown > 1e-4) & ~hidden
+    n = counted.sum(-1, keepdim=True).clamp_min(1)
+
+    def centred(x: Tensor) -> Tensor:
+        x = torch.where(counted, x, 0.0)
+        return torch.where(counted, x - x.sum(-1, keepdim=True) / n, 0.0)
+
+    wanted = centred(shown.clamp_min(1e-12).log())
+    design = torch.stack([centred(part).flatten() for part in scores], 1)
+    factors = torch.linalg.pinv(design.T @ design, rtol=1e-10) @ (design.T @ wanted.flatten())
+    predicted = torch.einsum("f,f...->...", factors, scores).masked_fill(hidden, -torch.inf).softmax(-1)
+    return float((predicted - shown).norm() / shown.norm())

@@ -8,6 +8,7 @@ import numpy as np
 
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._plot_style import GREY, finish, step
+from tl_tomsparse.sink import check_alike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,8 +140,7 @@ def bos_angles(angles: BosAngles, *, after: BosAngles | None = None) -> go.Figur
     values = {layer: degrees.nanmean(0).numpy() for layer, degrees in angles.to_sink.items()}
     if after is None:
         return _map(values, "angle", "degrees", "%{z:.1f}°", middle=90.0)
-    if after.ids != angles.ids or after.position != angles.position or set(after.to_sink) != set(values):
-        raise TomsparseError("The angles after have other samples, tokens or layers; measure both alike.")
+    check_alike(angles, after)
     change = {layer: after.to_sink[layer].nanmean(0).numpy() - before for layer, before in values.items()}
     return _map(change, "change of angle", "degrees", "%{z:+.2f}°", middle=0.0)
 
@@ -158,9 +158,7 @@ def sinks(attention: SinkAttention, *, after: SinkAttention | None = None) -> go
     values = {layer: share.nanmean(0).numpy() for layer, share in attention.attention.items()}
     if after is None:
         return _map(values, "attention", "share", "%{z:.3f}", middle=None)
-    same = after.ids == attention.ids and after.position == attention.position
-    if not same or set(after.attention) != set(values):
-        raise TomsparseError("Attention after has other samples, tokens or layers; measure both alike.")
+    check_alike(attention, after)
     change = {layer: after.attention[layer].nanmean(0).numpy() - before for layer, before in values.items()}
     return _map(change, "change of attention", "share", "%{z:+.3f}", middle=0.0)
 

@@ -116,26 +116,33 @@ def mask_rank(
         random masks with their smallest and largest (`random_row`, `random_row_low`, `random_row_high` ...).
 
     Raises:
-        TomsparseError: a mask of other weights or without entries in Q and K; an unknown kind.
+        TomsparseError: a mask of other weights or without entries in Q and K; an unknown kind; an active
+            edit.
     """
     import pandas as pd
 
     check_positive("n_random", n_random)
-    for match in matches:
+    kinds: tuple[Match, ...] = (matches,) if isinstance(matches, str) else tuple(matches)  # type: ignore[assignment]
+    for match in kinds:
         check_choice("matches", match, ("matrix", "total", "row", "column"))
     seen = view(model)
     check_same_weights("The mask", mask.identity, "the model", seen.identity())
+    if seen.active_edits:
+        raise TomsparseError(
+            f"{seen.name} has an active edit, {seen.active_edits[-1]}; ranks are those of unedited weights, "
+            "so measure them outside of the block."
+        )
     mask = _of_queries_and_keys(mask, None)
     ranks = {
         match: [_ranks(seen, mask.random_like(seed + n, match=match)) for n in range(n_random)]
-        for match in matches
+        for match in kinds
     }
     rows = []
     for (layer, matrix), rank in _ranks(seen, mask).items():
         row: dict[str, Any] = {"layer": layer, "matrix": matrix}
         row |= {"entries": len(mask.entries[layer, matrix]), "rank": rank}
         for match, drawn in ranks.items():
-            values = [one[layer, matrix] for one in drawn]
+            values = [one.get((layer, matrix), 0) for one in drawn]
             named = f"random_{match}"
             row |= {named: sum(values) / n_random, f"{named}_low": min(values), f"{named}_high": max(values)}
         rows.append(row)

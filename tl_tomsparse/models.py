@@ -73,9 +73,9 @@ def load_model(
     path, name = _resolve_source(source)
     hf, tokenizer = _load_hf(path, dtype)
     hf.to(where)
-    tokens, expected = _logits_before(hf, where)
     make = _make_bridge if backend == "bridge" else _make_hooked
     try:
+        tokens, expected = _logits_before(hf, where)
         model = make(hf, tokenizer, path, where, dtype).eval()
         _check_logits(model, tokens, expected, backend)
     except TomsparseError:
@@ -208,7 +208,7 @@ def _logits_before(hf: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Some tokens and the original's logits for them, before TransformerLens works on it; a few tens of
     positions show wrong rotary angles.
     """
-    config = hf.config
+    config = hf.config.get_text_config()
     length = min(64, int(getattr(config, "max_position_embeddings", None) or 64))
     tokens = (torch.arange(length, device=device) * 7919).remainder(int(config.vocab_size))[None]
     return tokens, hf(tokens, use_cache=False).logits.float()

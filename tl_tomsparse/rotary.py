@@ -128,7 +128,7 @@ class FrequencyNorms:
             maximum of the norm of a pair over positions and samples. Keys have key-value heads, not expanded.
         logit: for each layer `[heads, pairs]`, float64: the mean over queries and the keys at or before them
             of what the frequency adds to q . k / sqrt(d_head), the attention logit of most models (Gemma has
-            another scale, and caps it).
+            another scale, and caps it; in layers with a sliding window keys before it count, too).
         logit_first: the same for the first token alone as key: BOS, where rows begin with it.
         n_positions: how many positions were seen.
         bos: whether rows begin with BOS.
@@ -226,7 +226,6 @@ def frequency_norms(
         TomsparseError: no layer with a rotation; training mode; samples longer than the context.
     """
     seen = with_rotation(model)
-    seen.require_eval()
     check_length(seen, samples)
     layout = RotaryLayout.of(model)
     sums = _Sums(layout)
@@ -245,7 +244,7 @@ def frequency_norms(
         seen.hooks(seen.rotated_hooks(list(layout), store)),
         tqdm(total=len(samples), desc="frequency norms", disable=not show_progress) as bar,
     ):
-        for rows in samples.batches(batch_tokens or _BATCH_TOKENS):
+        for rows in samples.batches(_BATCH_TOKENS if batch_tokens is None else batch_tokens):
             batch = samples[rows]
             mask = batch.attention_mask.to(seen.device)
             seen.logits(batch.tokens, batch.attention_mask)
@@ -319,6 +318,7 @@ def with_rotation(model: Any) -> ModelView:
     rotations, reasons = seen.rotations
     if not rotations:
         why = "; ".join(f"layer {layer}: {reason}" for layer, reason in list(reasons.items())[:3])
+        why = why or "it offers no Q or K"
         raise TomsparseError(f"{seen.name} has no layer whose queries and keys are rotated ({why}).")
     return seen
 

@@ -5,8 +5,8 @@
     sink rate:  share of (layer, head, sample) with a > eps
     sink shift: share of the sinks whose a moved by more than a threshold          (arXiv 2504.04238)
 
-t is 0 by default: BOS, where rows begin with it. Padding never counts. Nothing is claimed about why a token
-is a sink.
+t is 0 by default: BOS, where rows begin with it. Padding never counts. In layers with a sliding window,
+queries that lie beyond it count as attending to t with 0. Nothing is claimed about why a token is a sink.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BosAngles:
 
     Attributes:
         to_sink: for each layer `[n, heads]`, float64: mean over the queries of a sample after the token.
-        to_others: the same for all other keys at or before the query; nan where there are none.
+        to_others: the same for all other keys at or before the query, its own included.
         by_position: for each layer `[heads, pos]`: mean over samples of the angle to the token, by query
             position; nan up to the token, and where no sample is that long.
         cosine: for each layer `[heads, pairs]`: what each frequency adds to the cosine with the token's key,
@@ -196,7 +196,7 @@ def bos_angles(
         seen.hooks(seen.rotated_hooks(sorted(rotations), store)),
         tqdm(total=n, desc="angles", disable=not show_progress) as bar,
     ):
-        for rows in samples.batches(batch_tokens or _BATCH_TOKENS):
+        for rows in samples.batches(_BATCH_TOKENS if batch_tokens is None else batch_tokens):
             batch = samples[rows]
             mask = batch.attention_mask.to(seen.device)
             seen.logits(batch.tokens, batch.attention_mask)
@@ -251,7 +251,7 @@ def sink_attention(
         seen.hooks(seen.pattern_hooks(store)),
         tqdm(total=len(samples), desc="sink", disable=not show_progress) as bar,
     ):
-        for rows in samples.batches(batch_tokens or _BATCH_TOKENS):
+        for rows in samples.batches(_BATCH_TOKENS if batch_tokens is None else batch_tokens):
             batch = samples[rows]
             mask = batch.attention_mask.to(seen.device)
             seen.logits(batch.tokens, batch.attention_mask)
@@ -284,9 +284,7 @@ def sink_shift(
 
     for value in (eps, threshold):
         _check_eps(value)
-    same = before.ids == after.ids and before.position == after.position
-    if not same or set(before.attention) != set(after.attention):
-        raise TomsparseError("Before and after have other samples, tokens or layers; measure both alike.")
+    check_alike(before, after)
     rows = []
     total: list[tuple[Tensor, Tensor]] = []
     for layer, values in before.attention.items():
@@ -296,6 +294,18 @@ def sink_shift(
     every, moved = (torch.cat(parts) for parts in zip(*total))
     rows.append(_shifted(-1, every, moved, threshold))
     return pd.DataFrame(rows)
+
+
+def check_alike(before: BosAngles | SinkAttention, after: BosAngles | SinkAttention) -> None:
+    """Refuse to compare what was measured on other samples, another token, with another BOS or otherwise."""
+    for what in ("ids", "position", "bos", "rotated"):
+        first, second = getattr(before, what, None), getattr(after, what, None)
+        if first != second:
+            shown = "other samples" if what == "ids" else f"{what}={first} and {what}={second}"
+            raise TomsparseError(f"Before and after have {shown}; measure both on the same samples alike.")
+    layers = [sorted(x.to_sink if isinstance(x, BosAngles) else x.attention) for x in (before, after)]
+    if layers[0] != layers[1]:
+        raise TomsparseError(f"Before and after have other layers, {layers[0]} and {layers[1]}.")
 
 
 def _shifted(layer: int, sinks: Tensor, change: Tensor, threshold: float) -> dict[str, Any]:
