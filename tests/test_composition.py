@@ -15,6 +15,7 @@ from transformer_lens import patching
 
 from tl_tomsparse._model import view
 from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.models import Backend
 
 every_backend = pytest.mark.parametrize("backend", tiny.BACKENDS)
 CLEAN = (torch.arange(9)[None] * 7) % 300 + 3
@@ -27,9 +28,9 @@ def metric(logits: Tensor) -> Tensor:
     return logits[0, -1, 40] - logits[0, -1, 41]
 
 
-def changed_for_good(backend: str, edit: SparseEdit, kind: str = "llama", **options: Any) -> Any:
+def changed_for_good(backend: Backend, edit: SparseEdit, kind: str = "llama", **options: Any) -> Any:
     """The same model with the edited values written into its weights, once and without undoing."""
-    model = tiny.model(kind, backend, **options)  # type: ignore[arg-type]
+    model = tiny.model(kind, backend, **options)
     for key, values in edit.after.items():
         weight = view(model).weight(key)
         weight[edit.mask.to_bool(key)] = values
@@ -71,15 +72,16 @@ def attribution_patching(model: Any) -> Tensor:
     return torch.tensor([float(score) for score in result.node_scores.values()])
 
 
-@every_backend
-@pytest.mark.parametrize(
-    "analysis", [activation_patching, head_patching, knocked_out_head, attribution_patching]
-)
-def test_analyses_see_the_edited_model(backend: str, analysis: Callable[[Any], Tensor]) -> None:
-    if backend == "hooked" and analysis is attribution_patching:
-        pytest.skip("attribution patching is for bridges")
-    options = {"dtype": torch.float64}
-    model = tiny.model("llama", backend, **options)  # type: ignore[arg-type]
+ANALYSES = [
+    (backend, a) for backend in tiny.BACKENDS for a in (activation_patching, head_patching, knocked_out_head)
+]
+
+
+# Attribution patching is TransformerLens' analysis of bridges alone.
+@pytest.mark.parametrize(("backend", "analysis"), [*ANALYSES, ("bridge", attribution_patching)])
+def test_analyses_see_the_edited_model(backend: Backend, analysis: Callable[[Any], Tensor]) -> None:
+    options: dict[str, Any] = {"dtype": torch.float64}
+    model = tiny.model("llama", backend, **options)
     edit = SparseEdit.mean(model, a_mask(model))
     before, plain = raw_bytes(model), analysis(model)
     expected = analysis(changed_for_good(backend, edit, **options))
@@ -92,9 +94,9 @@ def test_analyses_see_the_edited_model(backend: str, analysis: Callable[[Any], T
 
 
 @every_backend
-def test_edits_as_hooks_come_after_hooks_that_change_the_input_of_their_matrices(backend: str) -> None:
-    options = {"dtype": torch.float64}
-    model = tiny.model("llama", backend, **options)  # type: ignore[arg-type]
+def test_edits_as_hooks_come_after_hooks_that_change_the_input_of_their_matrices(backend: Backend) -> None:
+    options: dict[str, Any] = {"dtype": torch.float64}
+    model = tiny.model("llama", backend, **options)
     edit = SparseEdit.mean(model, a_mask(model))
     expected = knocked_out_head(changed_for_good(backend, edit, **options))
     yours = [("blocks.0.attn.hook_z", without_head)]
@@ -128,10 +130,10 @@ def test_direct_logit_attribution_of_an_edited_model() -> None:
 
 
 @every_backend
-def test_your_hooks_on_the_points_of_the_edit(backend: str) -> None:
+def test_your_hooks_on_the_points_of_the_edit(backend: Backend) -> None:
     """An edit in the weights comes before every hook; as hooks it comes in the order of registration."""
-    options = {"dtype": torch.float64}
-    model = tiny.model("llama", backend, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"dtype": torch.float64}
+    model = tiny.model("llama", backend, **options)
     edit = SparseEdit.mean(model, a_mask(model))
     for_good = changed_for_good(backend, edit, **options)
 

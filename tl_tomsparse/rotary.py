@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._model import ModelView, Rotation, view
+from tl_tomsparse._stream import Current, stream
 from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Part = Literal["q", "k"]
-_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,26 +228,21 @@ def frequency_norms(
     check_length(seen, samples)
     layout = RotaryLayout.of(model)
     sums = _Sums(layout)
-    current: dict[int, Tensor] = {}
-    mask = torch.zeros(0)
+    queries: dict[int, Tensor] = {}
+    now = Current()
 
     def store(layer: int, part: str, value: Tensor) -> None:
-        sums.add(layer, part, value, mask)
+        sums.add(layer, part, value, now.mask)
         if part == "q":
-            current[layer] = value
+            queries[layer] = value
         else:
-            sums.add_logits(layer, current.pop(layer), value, mask, seen.d_head)
+            sums.add_logits(layer, queries.pop(layer), value, now.mask, seen.d_head)
 
-    with (
-        torch.no_grad(),
-        seen.hooks(seen.rotated_hooks(list(layout), store)),
-        tqdm(total=len(samples), desc="frequency norms", disable=not show_progress) as bar,
-    ):
-        for rows in samples.batches(_BATCH_TOKENS if batch_tokens is None else batch_tokens):
-            batch = samples[rows]
-            mask = batch.attention_mask.to(seen.device)
-            seen.logits(batch.tokens, batch.attention_mask)
-            bar.update(len(batch))
+    hooks = seen.rotated_hooks(list(layout), store)
+    stream(
+        seen, samples, hooks, now,
+        description="frequency norms", batch_tokens=batch_tokens, show_progress=show_progress,
+    )  # fmt: skip
     return sums.result(int(samples.attention_mask.sum()), samples.bos)
 
 

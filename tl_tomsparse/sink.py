@@ -18,18 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import mean_intervals, proportion_interval
 from tl_tomsparse._model import ModelView, view
+from tl_tomsparse._stream import Current, stream
 from tl_tomsparse.rotary import check_length, with_rotation
 from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +153,7 @@ def bos_angles(
     by_position: dict[int, Tensor] = {}
     cosine: dict[int, Tensor] = {}
     queries: dict[int, Tensor] = {}
-    rows = torch.zeros(0)
-    mask = torch.zeros(0)
+    now = Current()
 
     def store(layer: int, part: str, value: Tensor) -> None:
         if not rotated:
@@ -168,12 +165,12 @@ def bos_angles(
         q, k = queries.pop(layer), value.double()
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         q, k = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (q, k))
-        after = mask.clone()
+        after = now.mask.clone()
         after[:, : position + 1] = False
         count = after.sum(1).double()
         degrees = torch.einsum("bqhd,bkhd->bhqk", q, k).clamp(-1, 1).arccos().rad2deg()
         chosen = degrees[..., position] * after[:, None]
-        visible = (mask[:, None] & mask[:, :, None]).tril() & after[:, :, None]
+        visible = (now.mask[:, None] & now.mask[:, :, None]).tril() & after[:, :, None]
         visible[:, :, position] = False
         heads = q.shape[2]
         if layer not in to_sink:
@@ -181,9 +178,9 @@ def bos_angles(
                 kept[layer] = torch.full((n, heads), torch.nan, dtype=torch.float64)
             by_position[layer] = torch.zeros(heads, longest, dtype=torch.float64)
             cosine[layer] = torch.zeros(heads, len(rotations[layer].frequencies), dtype=torch.float64)
-        to_sink[layer][rows] = (chosen.sum(-1) / count[:, None]).cpu()
+        to_sink[layer][now.rows] = (chosen.sum(-1) / count[:, None]).cpu()
         others = (degrees * visible[:, None]).sum((-1, -2)) / visible.sum((1, 2))[:, None].double()
-        to_others[layer][rows] = others.cpu()
+        to_others[layer][now.rows] = others.cpu()
         by_position[layer][:, : chosen.shape[-1]] += chosen.sum(0).cpu()
         first, second = (axes.to(q.device) for axes in (rotations[layer].first, rotations[layer].second))
         key = k[:, position, None]
@@ -191,16 +188,10 @@ def bos_angles(
         means = (parts * after[..., None, None]).sum(1) / count[:, None, None]
         cosine[layer] += means.sum(0).cpu() / n
 
-    with (
-        torch.no_grad(),
-        seen.hooks(seen.rotated_hooks(sorted(rotations), store)),
-        tqdm(total=n, desc="angles", disable=not show_progress) as bar,
-    ):
-        for rows in samples.batches(_BATCH_TOKENS if batch_tokens is None else batch_tokens):
-            batch = samples[rows]
-            mask = batch.attention_mask.to(seen.device)
-            seen.logits(batch.tokens, batch.attention_mask)
-            bar.update(len(batch))
+    stream(
+        seen, samples, seen.rotated_hooks(sorted(rotations), store), now,
+        description="angles", batch_tokens=batch_tokens, show_progress=show_progress,
+    )  # fmt: skip
     after = samples.attention_mask.clone()
     after[:, : position + 1] = False
     counts = after.sum(0).double()
@@ -236,26 +227,19 @@ def sink_attention(
     seen = view(model)
     _check(seen, samples, position)
     attention: dict[int, Tensor] = {}
-    rows = torch.zeros(0)
-    mask = torch.zeros(0)
+    now = Current()
 
     def store(layer: int, pattern: Tensor) -> None:
-        looks = mask.clone()
+        looks = now.mask.clone()
         looks[:, :position] = False
         share = pattern[..., position].double() * looks[:, None]
         kept = attention.setdefault(layer, torch.full((len(samples), pattern.shape[1]), torch.nan).double())
-        kept[rows] = (share.sum(-1) / looks.sum(1)[:, None]).cpu()
+        kept[now.rows] = (share.sum(-1) / looks.sum(1)[:, None]).cpu()
 
-    with (
-        torch.no_grad(),
-        seen.hooks(seen.pattern_hooks(store)),
-        tqdm(total=len(samples), desc="sink", disable=not show_progress) as bar,
-    ):
-        for rows in samples.batches(_BATCH_TOKENS if batch_tokens is None else batch_tokens):
-            batch = samples[rows]
-            mask = batch.attention_mask.to(seen.device)
-            seen.logits(batch.tokens, batch.attention_mask)
-            bar.update(len(batch))
+    stream(
+        seen, samples, seen.pattern_hooks(store), now,
+        description="sink", batch_tokens=batch_tokens, show_progress=show_progress,
+    )  # fmt: skip
     if not attention:
         raise TomsparseError(f"{seen.name} shows no attention pattern (hook_pattern never fires).")
     return SinkAttention(attention, position, samples.bos, samples.ids)
