@@ -1,0 +1,26 @@
+"""What the README says of squares in float16 is so on the embedded model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import tl_tomsparse as tt
+
+
+def test_squares_in_float16_lose_the_most_sensitive_weights() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "precision.py"
+    spec = importlib.util.spec_from_file_location("precision", path)
+    assert spec is not None
+    assert spec.loader is not None
+    precision = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(precision)
+    model = tt.load_model(device="cpu")
+    stories = tt.generate_stories(60, seed=0, split="dev")
+    samples = tt.story_samples(model, stories, categories=("false_belief",))
+    right = dict(tt.fisher_diagonal(model, samples, show_progress=False).items())
+    half = precision.squares_in_float16(model, samples, list(right))
+    zero = sum(int((v == 0).sum()) for v in half.values()) / sum(v.numel() for v in half.values())
+    assert zero > 0.9
+    assert precision.kept(half, right, 1e-3) < 2 / 3
+    assert precision.kept(right, right, 1e-3) == 1
