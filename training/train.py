@@ -219,7 +219,7 @@ def main() -> None:
     if not (args.out / "tokenizer").exists():
         args.out.mkdir(parents=True, exist_ok=True)
         with more_wordings():
-            build(5120, args.out / "tokenizer")
+            build(9216, args.out / "tokenizer")
     torch.multiprocessing.spawn(process, (args,), nprocs=args.processes)
 
 
