@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tl_tomsparse._model import Hook, ModelView
 from tl_tomsparse.samples import Samples
 
 _BATCH_TOKENS = 1024
+T = TypeVar("T")
 
 
 @dataclass
@@ -26,6 +28,14 @@ class Current:
 
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Measure(Generic[T]):
+    """Something measured while samples pass: its hooks, and what they found once all have passed."""
+
+    hooks: Sequence[Hook]
+    result: Callable[[], T]
 
 
 def stream(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._model import ModelView, Rotation, view
-from tl_tomsparse._stream import Current, stream
+from tl_tomsparse._stream import Current, Measure, stream
 from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
@@ -226,10 +226,20 @@ def frequency_norms(
     """
     seen = with_rotation(model)
     check_length(seen, samples)
-    layout = RotaryLayout.of(model)
+    now = Current()
+    measure = norms_measure(seen, samples, now)
+    stream(
+        seen, samples, measure.hooks, now,
+        description="frequency norms", batch_tokens=batch_tokens, show_progress=show_progress,
+    )  # fmt: skip
+    return measure.result()
+
+
+def norms_measure(seen: ModelView, samples: Samples, now: Current) -> Measure[FrequencyNorms]:
+    """`frequency_norms` as a measure, so that others can be taken in the same pass."""
+    layout = RotaryLayout.of(seen.model)
     sums = _Sums(layout)
     queries: dict[int, Tensor] = {}
-    now = Current()
 
     def store(layer: int, part: str, value: Tensor) -> None:
         sums.add(layer, part, value, now.mask)
@@ -238,12 +248,8 @@ def frequency_norms(
         else:
             sums.add_logits(layer, queries.pop(layer), value, now.mask, seen.d_head)
 
-    hooks = seen.rotated_hooks(list(layout), store)
-    stream(
-        seen, samples, hooks, now,
-        description="frequency norms", batch_tokens=batch_tokens, show_progress=show_progress,
-    )  # fmt: skip
-    return sums.result(int(samples.attention_mask.sum()), samples.bos)
+    n = int(samples.attention_mask.sum())
+    return Measure(seen.rotated_hooks(list(layout), store), lambda: sums.result(n, samples.bos))
 
 
 class _Sums:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import mean_intervals, proportion_interval
 from tl_tomsparse._model import ModelView, view
-from tl_tomsparse._stream import Current, stream
+from tl_tomsparse._stream import Current, Measure, stream
 from tl_tomsparse.rotary import check_length, with_rotation
 from tl_tomsparse.samples import Samples
 
@@ -145,7 +145,20 @@ def bos_angles(
             that is its last one.
     """
     seen = with_rotation(model)
-    _check(seen, samples, position)
+    check_position(seen, samples, position)
+    now = Current()
+    measure = angles_measure(seen, samples, now, position=position, rotated=rotated)
+    stream(
+        seen, samples, measure.hooks, now,
+        description="angles", batch_tokens=batch_tokens, show_progress=show_progress,
+    )  # fmt: skip
+    return measure.result()
+
+
+def angles_measure(
+    seen: ModelView, samples: Samples, now: Current, *, position: int, rotated: bool = True
+) -> Measure[BosAngles]:
+    """`bos_angles` as a measure, so that others can be taken in the same pass."""
     rotations = seen.rotations[0]
     n, longest = samples.tokens.shape
     to_sink: dict[int, Tensor] = {}
@@ -153,7 +166,6 @@ def bos_angles(
     by_position: dict[int, Tensor] = {}
     cosine: dict[int, Tensor] = {}
     queries: dict[int, Tensor] = {}
-    now = Current()
 
     def store(layer: int, part: str, value: Tensor) -> None:
         if not rotated:
@@ -188,18 +200,17 @@ def bos_angles(
         means = (parts * after[..., None, None]).sum(1) / count[:, None, None]
         cosine[layer] += means.sum(0).cpu() / n
 
-    stream(
-        seen, samples, seen.rotated_hooks(sorted(rotations), store), now,
-        description="angles", batch_tokens=batch_tokens, show_progress=show_progress,
-    )  # fmt: skip
-    after = samples.attention_mask.clone()
-    after[:, : position + 1] = False
-    counts = after.sum(0).double()
-    counts[counts == 0] = torch.nan
-    return BosAngles(
-        to_sink, to_others, {layer: total / counts for layer, total in by_position.items()}, cosine,
-        position, rotated, samples.bos, samples.ids,
-    )  # fmt: skip
+    def result() -> BosAngles:
+        after = samples.attention_mask.clone()
+        after[:, : position + 1] = False
+        counts = after.sum(0).double()
+        counts[counts == 0] = torch.nan
+        means = {layer: total / counts for layer, total in by_position.items()}
+        return BosAngles(
+            to_sink, to_others, means, cosine, position, rotated, samples.bos, samples.ids
+        )  # fmt: skip
+
+    return Measure(seen.rotated_hooks(sorted(rotations), store), result)
 
 
 def sink_attention(
@@ -225,9 +236,21 @@ def sink_attention(
             attention pattern is shown.
     """
     seen = view(model)
-    _check(seen, samples, position)
-    attention: dict[int, Tensor] = {}
+    check_position(seen, samples, position)
     now = Current()
+    measure = attention_measure(seen, samples, now, position=position)
+    stream(
+        seen, samples, measure.hooks, now,
+        description="sink", batch_tokens=batch_tokens, show_progress=show_progress,
+    )  # fmt: skip
+    return measure.result()
+
+
+def attention_measure(
+    seen: ModelView, samples: Samples, now: Current, *, position: int
+) -> Measure[SinkAttention]:
+    """`sink_attention` as a measure, so that others can be taken in the same pass."""
+    attention: dict[int, Tensor] = {}
 
     def store(layer: int, pattern: Tensor) -> None:
         looks = now.mask.clone()
@@ -236,13 +259,12 @@ def sink_attention(
         kept = attention.setdefault(layer, torch.full((len(samples), pattern.shape[1]), torch.nan).double())
         kept[now.rows] = (share.sum(-1) / looks.sum(1)[:, None]).cpu()
 
-    stream(
-        seen, samples, seen.pattern_hooks(store), now,
-        description="sink", batch_tokens=batch_tokens, show_progress=show_progress,
-    )  # fmt: skip
-    if not attention:
-        raise TomsparseError(f"{seen.name} shows no attention pattern (hook_pattern never fires).")
-    return SinkAttention(attention, position, samples.bos, samples.ids)
+    def result() -> SinkAttention:
+        if not attention:
+            raise TomsparseError(f"{seen.name} shows no attention pattern (hook_pattern never fires).")
+        return SinkAttention(attention, position, samples.bos, samples.ids)
+
+    return Measure(seen.pattern_hooks(store), result)
 
 
 def sink_shift(
@@ -300,7 +322,8 @@ def _shifted(layer: int, sinks: Tensor, change: Tensor, threshold: float) -> dic
     return {"layer": layer, "sinks": n, "shifted": share, "low": low, "high": high, "mean_change": mean}
 
 
-def _check(seen: ModelView, samples: Samples, position: int) -> None:
+def check_position(seen: ModelView, samples: Samples, position: int) -> None:
+    """Refuse training mode, rows that are too long, and a token that some row does not have."""
     seen.require_eval()
     check_length(seen, samples)
     shortest = int(samples.lengths.min())
