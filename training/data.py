@@ -158,7 +158,7 @@ class Rows:
         pool = draw.choice((ROOMS, THINGS, COLOURS, PLACES, CONTENTS, ALL_NAMES))
         right = draw.sample([value for value in pool if value not in left], n)
         link = draw.choice(("", "", *LINKS))
-        stop = self.encode("a.")[-1:] if link or draw.coin() else []
+        stop = self.encode("a.")[-1:]  # without it, what stands after a value looks like one, too
         tokens, said, predictions = [self.tokenizer.bos_token_id], set(), []
         order, i = draw.shuffled(range(n)), -1
         while True:
