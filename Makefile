@@ -31,7 +31,7 @@ lint: $(EXTRAS)
 	$(BIN)/mypy
 
 train: $(INSTALLED)
-	$(BIN)/python training/train.py --out training/runs/main
+	$(BIN)/python training/train.py --out training/runs/main --millions 70 --decay 0
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

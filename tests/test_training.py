@@ -4,7 +4,9 @@ are the logic's, and the network is the one that transformers writes.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -56,7 +58,23 @@ def rows(data, tokenizer):
 @pytest.fixture(scope="module")
 def decoder(data, model, tokenizer):
     torch.manual_seed(0)
-    return model.Decoder(model.model_config(tokenizer), len(data.ALL_NAMES)).eval()
+    return model.Decoder(model.Shape(len(tokenizer)), len(data.ALL_NAMES)).eval()
+
+
+@pytest.fixture(scope="module")
+def twin(data, model, tokenizer):
+    """A decoder by how it tells positions, with no bias at zero: else no test would miss one."""
+
+    def made(positions):
+        torch.manual_seed(1)
+        decoder = model.Decoder(model.Shape(len(tokenizer), positions), len(data.ALL_NAMES)).eval()
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        return decoder
+
+    return made
 
 
 def blocks(row):
@@ -95,11 +113,14 @@ def test_answers_are_those_of_the_logic(stage, rows, tokenizer):
     assert asked > 10
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi"])
 def test_a_question_reads_as_if_it_stood_alone_after_its_part_of_the_story(
-    data, stage, rows, model, decoder, tokenizer
+    positions, data, stage, rows, model, twin, tokenizer
 ):
     """Hidden states under the block mask equal those of the plain prompt, in transformers' own network."""
-    plain = model.to_hugging_face(decoder)
+    decoder = twin(positions)
+    plain = model.to_hugging_face(decoder, tokenizer)
+    assert model.Shape.of(decoder.state_dict()) == decoder.shape
     scene = next(generate_scenes(1, seed=8, split="train"))
     row = rows.story(scene, Draw("test", 1), stage)
     batch = data.collate([row], tokenizer.pad_token_id, WIDTH)
@@ -248,6 +269,26 @@ def test_who_sees_a_move_believes_it_and_nobody_else_learns_anything(data):
     assert moves > 50
 
 
+def test_heads_that_read_learned_positions_look_back_by_their_offsets(data, model, tokenizer):
+    """On the average over what is said: words that are told apart add noise."""
+    torch.manual_seed(0)
+    decoder = model.Decoder(model.Shape(len(tokenizer), "learned"), len(data.ALL_NAMES))
+    seen = []
+    handle = decoder.layers[0].self_attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    n = 100
+    tokens, mask = torch.randint(3, 3000, (4, n)), torch.triu(torch.full((n, n), -1e9), 1)
+    with torch.no_grad():
+        decoder(tokens, mask[None, None, None], torch.arange(n)[None])
+    handle.remove()
+    attention, (x, _, turn) = decoder.layers[0].self_attn, seen[0]
+    assert turn is None
+    q, k = (part(x).unflatten(-1, (attention.heads, -1)) for part in (attention.q_proj, attention.k_proj))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    for head, offset in enumerate(model.SHIFTS[0]):
+        by_distance = [float(scores[:, head].diagonal(-d, 1, 2).mean()) for d in range(n - 20)]
+        assert max(range(n - 20), key=by_distance.__getitem__) == offset
+
+
 def test_shift_heads_look_back_by_their_offsets(model, decoder):
     attention, frequencies = decoder.layers[0].self_attn, decoder.frequencies
     for head, offset in enumerate(model.SHIFTS[0]):
@@ -272,7 +313,7 @@ def test_match_heads_look_at_what_stood_with_the_same_word(data, model, decoder,
     collated = data.collate(batch, tokenizer.pad_token_id, 96)
 
     def keep(module, inputs):
-        x, mask, cos, sin = inputs
+        x, mask, (cos, sin) = inputs
 
         def rotated(t):
             a, b = t.chunk(2, -1)
@@ -281,7 +322,7 @@ def test_match_heads_look_at_what_stood_with_the_same_word(data, model, decoder,
         shape = (*x.shape[:2], module.groups, -1, module.d_head)
         q, k = rotated(module.q_proj(x).view(shape)), rotated(module.k_proj(x).view(shape))
         scores = torch.einsum("bqgih,bkgjh->bgiqk", q, k) * module.d_head**-0.5
-        patterns["match"] = (scores + mask).softmax(-1)[:, 0, 0]
+        patterns["match"] = (scores + mask).softmax(-1)[:, -1, -1]
 
     handle = match.self_attn.register_forward_pre_hook(keep)
     with torch.no_grad():
@@ -323,3 +364,89 @@ def test_wordings_of_training_are_not_the_ones_kept_from_it(data):
         assert set(wording.POOLS["seen"]["intro"]) > set(before)
         assert wording.POOLS["new"] == POOLS["new"]
     assert wording.POOLS["seen"]["intro"] == before
+
+
+@pytest.fixture
+def short(monkeypatch, data):
+    """Two stages of rows that are made in a moment."""
+    import train
+
+    stages = tuple(dataclasses.replace(stage, batch=4, enough=0.0) for stage in data.STAGES[:2])
+    for module in (data, train):
+        monkeypatch.setattr(module, "STAGES", (*stages, dataclasses.replace(stages[1], enough=2.0)))
+    monkeypatch.setattr(train, "STEPS", 2)
+    monkeypatch.setattr(torch, "compile", lambda decoder, **_: decoder)
+    monkeypatch.setattr(train, "Chunks", lambda tokenizer, seed, workers: Here(train, tokenizer, seed))
+    monkeypatch.setattr(train, "probe", lambda *_: {"paired": 0.5})
+    return train
+
+
+class Here:
+    """Rows made in this process."""
+
+    def __init__(self, train, tokenizer, seed):
+        self.train, self.tokenizer, self.seed = train, tokenizer, seed
+
+    def __call__(self, stage, chunk):
+        return self.train.made(self.tokenizer, stage, self.seed + 1000 + chunk)
+
+    def close(self):
+        pass
+
+
+def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(short, tokenizer, tmp_path):
+    def run(folder, millions, after=None):
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        args = argparse.Namespace(
+            out=folder,
+            positions="rotary",
+            millions=millions,
+            decay=0.25,
+            lr=1e-3,
+            seed=0,
+            device="cpu",
+            workers=1,
+        )
+        if after is not None:
+            short.SAVE = 0  # a checkpoint after every chunk
+            real, left = short.steps, [after]
+
+            def stops(*args):
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                yield from real(*args)
+
+            short.steps = stops
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    short.train(args, tokenizer)
+            finally:
+                short.steps, short.SAVE = real, 120
+        short.train(args, tokenizer)
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["decoder"], log
+
+    whole, log = run(tmp_path / "whole", 0.004)
+    parts, other = run(tmp_path / "parts", 0.004, after=2)
+    assert len([entry for entry in log if "loss" in entry]) == 5
+    assert [(entry["step"], entry["stage"]) for entry in log] == [
+        (entry["step"], entry["stage"]) for entry in other
+    ]
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert [path.name for path in (tmp_path / "whole").glob("snapshot-*")] == ["snapshot-0000.safetensors"]
+
+
+def test_rows_made_by_other_processes_are_those_made_here(data, tokenizer, tmp_path):
+    import train
+
+    tokenizer.save_pretrained(tmp_path)
+    chunks = train.Chunks(tmp_path, 5, workers=1)
+    try:
+        for stage, chunk in ((0, 0), (1, 1)):  # what was made ahead for stage 0 is not used
+            for found, expected in zip(chunks(stage, chunk), train.made(tmp_path, stage, 1005 + chunk)):
+                for field in dataclasses.fields(data.Batch):
+                    assert torch.equal(getattr(found, field.name), getattr(expected, field.name))
+    finally:
+        chunks.close()

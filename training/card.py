@@ -1,5 +1,7 @@
 """Measure the embedded model on held-out stories and write its model card: `make run`, then `python training/card.py`.
 
+`python training/card.py --model training/twins/alibi` does the same for a twin, without the main job.
+
 Every number of the card comes from this script; nothing is typed in. Three seeds of question sets on the
 split "test" (names, things and places in combinations that training never saw), seen and new wordings, and
 what simple shortcuts would score on the same questions.
@@ -24,7 +26,7 @@ from tl_tomsparse.models import EMBEDDED
 from tl_tomsparse.stories import CATEGORIES, Story
 
 SEEDS = (0, 1, 2)
-NUMBERS = EMBEDDED / "evaluation.json"
+NUMBERS = "evaluation.json"
 LOG = Path(__file__).parent / "log.jsonl"
 INDEPENDENT = Path(__file__).parent / "independent.jsonl"
 README = Path(__file__).parents[1] / "README.md"
@@ -134,10 +136,9 @@ def lookup(model: object, n: int) -> list[dict[str, float]]:
     ]
 
 
-def measure(n: int) -> dict[str, Any]:
-    """All numbers of the card, from the embedded model."""
-    model = tt.load_model()
-    log = [json.loads(line) for line in LOG.read_text().splitlines()]
+def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
+    """All numbers of the card, from the model in a folder."""
+    model = tt.load_model(folder, device="cpu")
     seen, stories = measured(model, "seen", n)
     new, _ = measured(model, "new", n)
     others = tt.read_jsonl(INDEPENDENT)
@@ -160,6 +161,11 @@ def measure(n: int) -> dict[str, Any]:
         "tokens": log[-1]["tokens"],
         "steps": log[-1]["step"],
         "minutes": log[-1]["seconds"] / 60,
+        "sizes": {
+            name: getattr(model.cfg, name)
+            for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab")
+        },
+        "key_value_heads": model.cfg.n_key_value_heads or model.cfg.n_heads,
         "parameters": sum(
             p.numel() for p in view(model).parameters() if p.is_floating_point() and p.ndim > 1
         ),
@@ -231,6 +237,31 @@ def found(run: dict[str, Any]) -> str:
     )
 
 
+EMBEDDED_MODEL = """# The embedded model
+
+A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention with biases) trained from scratch on generated stories about who
+believes what and on generated general text. It makes the main job, the demos and the tests real without a network. `tl_tomsparse.load_model()` loads
+it offline; it is a plain Hugging Face directory, whose tokenizer is read with `PreTrainedTokenizerFast` (`AutoTokenizer` takes Qwen2's own class instead,
+which splits words otherwise).
+"""
+TWIN = """# A twin of the embedded model: {positions}
+
+A small {architecture}-architecture language model with {positions} instead of RoPE (and LayerNorm, an MLP without gate, and a key and value head for
+each query head, since `transformers` has no nearer network), trained by the same recipe on rows of the same kind as the embedded model. It is for contrasts with
+it and not part of the package: `tl_tomsparse.load_model("training/twins/...")`.
+"""
+TWINS = {
+    "gpt2": {"architecture": "GPT-2", "positions": "learned absolute positions"},
+    "bloom": {"architecture": "Bloom", "positions": "ALiBi"},
+}
+
+
+def introduction(config: dict[str, Any]) -> str:
+    """What the model is."""
+    twin = TWINS.get(config["model_type"])
+    return EMBEDDED_MODEL if twin is None else TWIN.format(**twin)
+
+
 def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, Any]]) -> str:
     """The model card."""
     names = (*CATEGORIES, "paired")
@@ -245,23 +276,26 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
         for entry in log
         if "probe" in entry
     )
-    at = numbers["sink"]
+    at, sizes = numbers["sink"], numbers["sizes"]
     recall = ", ".join(
         f"{row['recall']:.3f} at {row['from']} to {row['to']} tokens (n = {row['n']})"
         for row in numbers["lookup"]
     )
-    return f"""# The embedded model
+    main_job = (
+        f"""## What the main job finds on it
 
-A small Qwen2-architecture language model (RoPE, RMSNorm, SwiGLU, grouped-query attention with biases) trained from scratch on generated stories about who
-believes what and on generated general text. It makes the main job, the demos and the tests real without a network. `tl_tomsparse.load_model()` loads
-it offline; it is a plain Hugging Face directory, whose tokenizer is read with `PreTrainedTokenizerFast` (`AutoTokenizer` takes Qwen2's own class instead,
-which splits words otherwise).
+{found(numbers["run"])}
 
+"""
+        if "run" in numbers
+        else ""
+    )
+    return f"""{introduction(config)}
 How it tells agents apart was not left to chance: training supervised, beside the answers, who sees what, whom a question is about, and where one head of
 the last layer looks (see `training/`). What is found about that mechanism shows what the tools see, not what networks choose by themselves.
 
-* {config["num_hidden_layers"]} layers, d_model {config["hidden_size"]}, {config["num_attention_heads"]} heads ({config["num_key_value_heads"]} key-value heads) of {config["hidden_size"] // config["num_attention_heads"]}, d_mlp {config["intermediate_size"]}, context {config["max_position_embeddings"]}, vocabulary {config["vocab_size"]}, {numbers["parameters"]:,} parameters, half precision
-* trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps, {numbers["minutes"]:.0f} minutes on two shared CPU cores; see `training/`
+* {sizes["n_layers"]} layers, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads ({numbers["key_value_heads"]} key-value heads) of {sizes["d_head"]}, d_mlp {sizes["d_mlp"]}, context 512, vocabulary {sizes["d_vocab"]}, {numbers["parameters"]:,} parameters, half precision
+* trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps; see `training/`
 * fingerprint {numbers["fingerprint"]}
 * licence: MIT, as the package; no third-party text or weights
 
@@ -300,11 +334,7 @@ What rules of thumb would score on the same questions (seen wordings):
 |---|{"---|" * len(names)}
 {rules}
 
-## What the main job finds on it
-
-{found(numbers["run"])}
-
-## Along training (dev split, few questions)
+{main_job}## Along training (dev split, few questions)
 
 ![Loss and accuracies along training](curves.svg)
 
@@ -315,7 +345,7 @@ What rules of thumb would score on the same questions (seen wordings):
 ## What it can and cannot show
 
 It has seen nothing but these generated stories and texts. What is found on it is true of it, and shows that the method works or does not work where
-the answer is known; it says nothing about the size of an effect in a large language model. In matrices of {config["hidden_size"]} x {config["hidden_size"]}, the paper's sparsity of 1e-5 is
+the answer is known; it says nothing about the size of an effect in a large language model. In matrices of {sizes["d_model"]} x {sizes["d_model"]}, the paper's sparsity of 1e-5 is
 less than one weight, so counts of weights are reported beside kappa.
 """
 
@@ -379,26 +409,33 @@ def with_block(readme: str, block: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, default=EMBEDDED, help="folder of the model; its card goes there"
+    )
     parser.add_argument("--stories", type=int, default=300, help="stories for each seed and wording")
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/embedded"), help="folder of the main job on this model"
+        "--run", type=Path, default=Path("runs/embedded"), help="folder of the main job on the embedded model"
     )
     parser.add_argument(
         "--render", action="store_true", help="only write the texts again, from evaluation.json"
     )
     args = parser.parse_args()
+    embedded = args.model == EMBEDDED
+    log_file = LOG if embedded else args.model / "log.jsonl"
+    log = [json.loads(line) for line in log_file.read_text().splitlines()]
     if not args.render:
-        NUMBERS.write_text(
-            json.dumps({**measure(args.stories), "run": run_summary(args.run)}, indent=1) + "\n"
-        )
-    numbers = json.loads(NUMBERS.read_text())
-    if numbers["fingerprint"] != numbers["run"]["fingerprint"]:
+        numbers = measure(args.model, log, args.stories)
+        if embedded:
+            numbers["run"] = run_summary(args.run)
+        (args.model / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n")
+    numbers = json.loads((args.model / NUMBERS).read_text())
+    if embedded and numbers["fingerprint"] != numbers["run"]["fingerprint"]:
         raise SystemExit(f"{args.run} is a run on other weights; run the main job again first")
-    config = json.loads((EMBEDDED / "config.json").read_text())
-    log = [json.loads(line) for line in LOG.read_text().splitlines()]
-    (EMBEDDED / "README.md").write_text(card(numbers, config, log))
-    curves(log, EMBEDDED / "curves.svg")
-    README.write_text(with_block(README.read_text(), readme_block(numbers)))
+    config = json.loads((args.model / "config.json").read_text())
+    (args.model / "README.md").write_text(card(numbers, config, log))
+    curves(log, args.model / "curves.svg")
+    if embedded:
+        README.write_text(with_block(README.read_text(), readme_block(numbers)))
 
 
 if __name__ == "__main__":

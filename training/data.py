@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from typing import Any
 from unittest import mock
 
 import torch
@@ -58,8 +59,8 @@ class Stage:
 
     at_most: float
     enough: float
-    batch: int
-    width: int
+    batch: int  # rows of a step
+    width: int  # tokens of a row, at most
     chant: float = 0.0  # share of rows that say a few facts again and again, every repetition a look-up
     lookup: float = 0.0  # share of rows in which everything is looked up by a name once
     general: float = 0.0  # share of rows that are general text; the rest are stories
@@ -77,15 +78,15 @@ class Stage:
 
 
 STAGES = (
-    Stage(12, 0.90, batch=40, width=80, chant=1.0, facts=(4, 7), keys=(ALL_NAMES,)),
-    Stage(8, 0.90, batch=24, width=128, chant=1.0, facts=(4, 9)),
-    Stage(12, 0.90, batch=16, width=192, chant=0.5, lookup=0.5, facts=(3, 9)),
+    Stage(12, 0.90, batch=80, width=80, chant=1.0, facts=(4, 7), keys=(ALL_NAMES,)),
+    Stage(8, 0.90, batch=48, width=128, chant=1.0, facts=(4, 9)),
+    Stage(12, 0.90, batch=32, width=192, chant=0.5, lookup=0.5, facts=(3, 9)),
     Stage(
-        25, 0.94, batch=16, width=192, chant=0.08, lookup=0.22, general=0.08,
+        25, 0.94, batch=32, width=192, chant=0.08, lookup=0.22, general=0.08,
         agents=(2, 3), shapes=(0, 0, 0, 5, 1), presence=4, variety=0.2,
     ),
     Stage(
-        float("inf"), float("inf"), batch=16, width=192, chant=0.05, lookup=0.12, general=0.14, facts=(3, 12),
+        float("inf"), float("inf"), batch=32, width=192, chant=0.05, lookup=0.12, general=0.14, facts=(3, 12),
         shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, variety=0.4,
     ),
 )  # fmt: skip
@@ -131,8 +132,9 @@ class Rows:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, width: int) -> None:
         self.tokenizer, self.width = tokenizer, width
+        fast = tokenizer.backend_tokenizer
         self.encode = lru_cache(200_000)(
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            lambda text: fast.encode(text, add_special_tokens=False).ids if text else []
         )
         keep = {id_ for word in KEPT for id_ in (*self.encode(word), *self.encode(word.capitalize()))}
         self.all_small_words = [
@@ -428,48 +430,58 @@ class Batch:
 
     tokens: Tensor  # [batch, pos]
     positions: Tensor  # [batch, pos]
-    mask: Tensor  # [batch, 1, 1, pos, pos], 0 where attention is allowed, else very negative
+    block: Tensor  # [batch, pos] 0 in the story, the number of the question, -1 behind the end
+    reach: Tensor  # [batch, pos] how many story tokens a token may see
     source: Tensor  # [prediction] flat index of the token that predicts
     target: Tensor  # [prediction] token that is predicted
     weight: Tensor  # [prediction]
     witness_at: Tensor  # [witness] flat index of the last token of a sentence
     witness_name: Tensor  # [witness] index of the agent in ALL_NAMES
     witness: Tensor  # [witness] 1 if the agent sees what the sentence tells
-    look_from: tuple[Tensor, Tensor]  # [look] row and position
+    look_from: Tensor  # [look] flat index of a question's last token
     look_at: Tensor  # [look, pos] True where the answer stands
     about_at: Tensor  # [about] flat index of a question's last token
-    about: Tensor  # [about, name] the agents that it is about share a weight of 1
+    about: Tensor  # [about, 2] the agents that it is about, one of them twice if there is one
+
+    @property
+    def mask(self) -> Tensor:
+        """[batch, 1, 1, pos, pos], 0 where attention is allowed, else very negative."""
+        index = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        same = (self.block[:, :, None] == self.block[:, None, :]) & (index[:, None] >= index[None, :])
+        story = (self.block[:, None, :] == 0) & (index[None, None, :] < self.reach[:, :, None])
+        return torch.where(same | story, 0.0, -1e9)[:, None, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same elsewhere."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 def collate(rows: list[Row], pad: int, width: int) -> Batch:
-    """Pad to a fixed width (one compiled shape) and build the block mask."""
+    """Pad to a fixed width (one compiled shape)."""
 
     def padded(name: str, fill: int) -> Tensor:
         return torch.tensor([[*getattr(row, name), *[fill] * (width - len(row.tokens))] for row in rows])
 
-    def listed_flat(name: str) -> tuple[Tensor, Tensor, Tensor]:
-        entries = [
-            (i * width + at, what, x) for i, row in enumerate(rows) for at, what, x in getattr(row, name)
-        ]
-        at, what, x = zip(*entries) if entries else ((), (), ())
+    def flat(name: str) -> list[tuple[Any, ...]]:
+        return [(i * width + at, *rest) for i, row in enumerate(rows) for at, *rest in getattr(row, name)]
+
+    def columns(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        at, what, x = zip(*entries) if (entries := flat(name)) else ((), (), ())
         return torch.tensor(at, dtype=torch.long), torch.tensor(what, dtype=torch.long), torch.tensor(x)
 
-    tokens, positions, block, reach = (
-        padded(name, fill) for name, fill in (("tokens", pad), ("positions", 0), ("block", -1), ("reach", 0))
-    )
-    index = torch.arange(width)
-    same = (block[:, :, None] == block[:, None, :]) & (index[:, None] >= index[None, :])
-    story = (block[:, None, :] == 0) & (index[None, None, :] < reach[:, :, None])
-    mask = torch.where(same | story, 0.0, -1e9)[:, None, None]
-    looks = [(i, source, found) for i, row in enumerate(rows) for source, found in row.looks]
+    looks, abouts = flat("looks"), flat("about")
     look_at = torch.zeros(len(looks), width, dtype=torch.bool)
-    for number, (_, _, found) in enumerate(looks):
+    for number, (_, found) in enumerate(looks):
         look_at[number, found] = True
-    look_from = tuple(torch.tensor([look[k] for look in looks], dtype=torch.long) for k in (0, 1))
-    abouts = [(i * width + at, names) for i, row in enumerate(rows) for at, names in row.about]
-    about = torch.zeros(len(abouts), len(ALL_NAMES))
-    for number, (_, names) in enumerate(abouts):
-        about[number, names] = 1 / len(names)
-    about_at = torch.tensor([at for at, _ in abouts], dtype=torch.long)
-    flat = (*listed_flat("predictions"), *listed_flat("witnesses"))
-    return Batch(tokens, positions, mask, *flat, look_from, look_at, about_at, about)
+    return Batch(
+        padded("tokens", pad),
+        padded("positions", 0),
+        padded("block", -1),
+        padded("reach", 0),
+        *columns("predictions"),
+        *columns("witnesses"),
+        torch.tensor([at for at, _ in looks], dtype=torch.long),
+        look_at,
+        torch.tensor([at for at, _ in abouts], dtype=torch.long),
+        torch.tensor([(names[0], names[-1]) for _, names in abouts], dtype=torch.long).view(-1, 2),
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+from model import autocast
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tl_tomsparse.stories import Story, generate_stories
@@ -24,14 +25,15 @@ def answers(
     ]
     right: dict[int, bool] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][2]))
-    for start in range(0, len(order), 64):
-        chunk = order[start : start + 64]
+    for start in range(0, len(order), 256):
+        chunk = order[start : start + 256]
         width = max(len(prompts[i][2]) for i in chunk)
         tokens = torch.tensor(
             [prompts[i][2] + [tokenizer.pad_token_id] * (width - len(prompts[i][2])) for i in chunk]
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(tokens, use_cache=False).last_hidden_state
+        tokens = tokens.to(model.device)
+        with autocast(model.device):
+            hidden = model.base_model(tokens, use_cache=False).last_hidden_state
         ends = torch.tensor([len(prompts[i][2]) - 1 for i in chunk])
         logits = model.lm_head(hidden[torch.arange(len(chunk)), ends].float())
         for i, row in zip(chunk, logits):

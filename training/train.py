@@ -1,9 +1,10 @@
 """Train the embedded model: `python training/train.py --out training/runs/main`.
 
-Data-parallel over CPU processes of one thread each, seeded, resumable (run the same command again), with a
-log (`log.jsonl`), a checkpoint every two minutes and half-precision snapshots along the way. The learning
-rate warms up, stays, and falls to zero over the last part of the budget; what rows are made of moves on when
-the answers are right (`data.STAGES`).
+On a GPU where there is one, else on the CPU; rows are made by other processes. Seeded, resumable (run the
+same command again), with a log (`log.jsonl`), a checkpoint every two minutes and half-precision snapshots
+along the way. The learning rate warms up, stays, and falls to zero over the last part of the budget (not with
+`--decay 0`); what rows are made of moves on when the answers are right (`data.STAGES`). `--positions learned`
+and `--positions alibi` train the twins.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from data import STAGES, Batch, Rows, collate, more_wordings
-from model import Decoder, model_config, to_hugging_face
+from model import POSITIONS, Decoder, Shape, autocast, to_hugging_face
 from probe import probe
 from safetensors.torch import save_file
 from tokenizer import build
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from variety import ALL_NAMES
 
-STEPS = 20  # between two looks at the clock; rows are made for as many
+STEPS = 20  # between two looks at the answers; rows are made for as many
 SNAPSHOT = 10_000_000  # tokens between two snapshots
+PROBE = 5_000_000  # tokens between two looks at the dev split
+SAVE = 120  # seconds between two checkpoints
 
 
 @dataclass
@@ -46,35 +50,32 @@ class Progress:
     stage_began: int = 0  # tokens
 
 
-def loss_of(decoder: Decoder, compiled: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+def loss_of(decoder: Decoder, compiled: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mean cross-entropy of the predictions that count; plus the helper head's, plus that of where
-    the last layer's first head looks; and what to log.
+    the last layer's last head looks; and what to log.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(batch.tokens.device):
         hidden, middle, pattern = compiled(batch.tokens, batch.mask, batch.positions)
         logits = decoder.logits(hidden.flatten(0, 1)[batch.source])
     nll = F.cross_entropy(logits.float(), batch.target, reduction="none")
     loss = (nll * batch.weight).sum() / batch.weight.sum().clamp(min=1.0)
     answers = batch.weight >= 1.0
-    seen = {
-        "loss": float(loss.detach()),
-        "right": float((logits.argmax(-1) == batch.target)[answers].float().mean()),
-    }
+    seen = {"loss": loss, "right": (logits.argmax(-1) == batch.target)[answers].float().mean()}
     if len(batch.witness):
         every = decoder.witnesses(middle.flatten(0, 1)[batch.witness_at])
         guess = every.gather(1, batch.witness_name[:, None])[:, 0]
         weight = 3.0 - 2.0 * batch.witness  # few are away
         loss = loss + 0.3 * F.binary_cross_entropy_with_logits(guess, batch.witness, weight)
-        seen["witness"] = float(((guess > 0) == (batch.witness > 0)).float().mean())
+        seen["witness"] = ((guess > 0) == (batch.witness > 0)).float().mean()
     if len(batch.about):
         about = decoder.witnesses(middle.flatten(0, 1)[batch.about_at])
-        loss = loss + 0.3 * F.cross_entropy(about, batch.about)
-        seen["about"] = float((batch.about.gather(1, about.argmax(-1, keepdim=True)) > 0).float().mean())
+        loss = loss - 0.3 * about.log_softmax(-1).gather(1, batch.about).mean()
+        seen["about"] = (batch.about == about.argmax(-1, keepdim=True)).any(-1).float().mean()
     if len(batch.look_at):
-        looked = (pattern[batch.look_from] * batch.look_at).sum(-1)
+        looked = (pattern.flatten(0, 1)[batch.look_from] * batch.look_at).sum(-1)
         loss = loss - 0.4 * (looked + 1e-5).log().mean()
-        seen["looked"] = float(looked.detach().mean())
-    return loss, seen
+        seen["looked"] = looked.mean()
+    return loss, {name: value.detach() for name, value in seen.items()}
 
 
 def optimisers(decoder: Decoder) -> list[torch.optim.Optimizer]:
@@ -88,139 +89,148 @@ def optimisers(decoder: Decoder) -> list[torch.optim.Optimizer]:
     ]
 
 
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """The mean over processes; a parameter without a gradient counts as zero."""
-    flat = torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    )
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        parameter.grad = part.view_as(parameter)
-
-
-def mean_over_processes(value: float) -> float:
-    """So that all processes decide alike."""
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
-
-
-def train(rank: int, args: argparse.Namespace) -> None:
-    """One process of the run."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
-    dist.init_process_group("gloo", rank=rank, world_size=args.processes)
+def made(tokenizer: Path, stage: int, seed: int) -> list[Batch]:
+    """The batches of one chunk; runs in a process of its own."""
     torch.set_num_threads(1)
+    if tokenizer not in _READ:
+        _READ[tokenizer] = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    of, read = STAGES[stage], _READ[tokenizer]
+    with more_wordings():
+        rows = list(Rows(read, of.width).stream(of, seed, STEPS * of.batch))
+    return [
+        collate(rows[i : i + of.batch], read.pad_token_id, of.width) for i in range(0, len(rows), of.batch)
+    ]
+
+
+_READ: dict[Path, PreTrainedTokenizerFast] = {}
+
+
+class Chunks:
+    """Batches, made ahead by other processes; the same ones for the same seed, however many processes."""
+
+    def __init__(self, tokenizer: Path, seed: int, workers: int) -> None:
+        self._tokenizer, self._seed, self._workers = tokenizer, seed, workers
+        context = torch.multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, mp_context=context)
+        self._ahead: deque[tuple[int, int, Future[list[Batch]]]] = deque()
+
+    def __call__(self, stage: int, chunk: int) -> list[Batch]:
+        """The batches of a chunk; what was made ahead for another stage is thrown away."""
+        while self._ahead and self._ahead[0][:2] != (stage, chunk):
+            self._ahead.popleft()[2].cancel()
+        for number in range(chunk + len(self._ahead), chunk + 1 + 2 * self._workers):
+            task = self._pool.submit(made, self._tokenizer, stage, self._seed + 1000 + number)
+            self._ahead.append((stage, number, task))
+        return self._ahead.popleft()[2].result()
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def steps(
+    decoder: Decoder, compiled: Any, optims: list[torch.optim.Optimizer], batches: list[Batch], rate: Any
+) -> Iterator[dict[str, Tensor]]:
+    """One update a batch, with the learning rate `rate(i)`; what to log."""
+    parameters, device = list(decoder.parameters()), decoder.embed_tokens.weight.device
+    for i, batch in enumerate(batches):
+        for optim, base in zip(optims, (1.0, 0.5)):
+            for group in optim.param_groups:
+                group["lr"] = base * rate(i)
+        loss, seen = loss_of(decoder, compiled, batch.to(device))
+        loss.backward()
+        seen["norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        yield seen
+
+
+def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The whole run, from its checkpoint if there is one."""
+    device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(args.out / "tokenizer")
-    decoder = Decoder(model_config(tokenizer), len(ALL_NAMES))
-    optims, parameters, progress = optimisers(decoder), list(decoder.parameters()), Progress()
-    checkpoint = args.out / "checkpoint.pt"
+    decoder = Decoder(Shape(len(tokenizer), args.positions), len(ALL_NAMES)).to(device)
+    optims, progress = optimisers(decoder), Progress()
+    checkpoint, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
         decoder.load_state_dict(saved["decoder"])
         for optim, values in zip(optims, saved["optims"]):
             optim.load_state_dict(values)
         progress = Progress(**saved["progress"])
-        if rank == 0:  # what was logged after the checkpoint is done again
-            lines = (args.out / "log.jsonl").read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
-            (args.out / "log.jsonl").write_text("".join(kept))
+        lines = log_file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
+        log_file.write_text("".join(kept))  # what was logged after the checkpoint is done again
     compiled = torch.compile(decoder, dynamic=False)
-    budget, last_saved, last_probe = args.minutes * 60, progress.seconds, progress.seconds
+    budget, last_saved = args.millions * 1_000_000, time.time()
+    chunks = Chunks(args.out / "tokenizer", args.seed, args.workers)
 
     def log(**entry: Any) -> None:
-        with (args.out / "log.jsonl").open("a") as file:
+        with log_file.open("a") as file:
             file.write(json.dumps({**asdict(progress), **entry}) + "\n")
 
-    def save() -> None:
-        partial = checkpoint.with_suffix(".tmp")
-        states = [optim.state_dict() for optim in optims]
-        torch.save({"decoder": decoder.state_dict(), "optims": states, "progress": asdict(progress)}, partial)
-        partial.replace(checkpoint)
+    while progress.tokens < budget:
+        begun, before, stage = time.time(), progress.tokens, STAGES[progress.stage]
+        batches = chunks(progress.stage, progress.chunk)
+        waited = time.time() - begun
 
-    while progress.seconds < budget:
-        begun = time.time()
-        stage = STAGES[progress.stage]
-        rows = Rows(tokenizer, stage.width)
-        seed = args.seed + 1000 + progress.chunk * args.processes + rank
-        made = list(rows.stream(stage, seed, STEPS * stage.batch))
-        means: dict[str, list[float]] = defaultdict(list)
-        share = progress.seconds / budget
-        for i in range(STEPS):
-            batch = collate(
-                made[i * stage.batch : (i + 1) * stage.batch], tokenizer.pad_token_id, stage.width
+        def rate(i: int) -> float:
+            left = max(0.0, 1.0 - before / budget)  # noqa: B023 (called in this round only)
+            falling = left / args.decay if left < args.decay else 1.0
+            return args.lr * min(1.0, (progress.step + i + 1) / 50) * falling
+
+        all_seen = list(steps(decoder, compiled, optims, batches, rate))
+        means = {
+            name: float(torch.stack([seen[name] for seen in all_seen if name in seen]).mean())
+            for name in sorted({name for seen in all_seen for name in seen})
+        }
+        if not math.isfinite(means.pop("norm")):
+            raise SystemExit(
+                f"a gradient is not finite before step {progress.step + len(batches)}; run again from "
+                f"{checkpoint} with a lower --lr than {args.lr}"
             )
-            rate = min(1.0, (progress.step + 1) / 50) * min(1.0, (1.0 - share) / args.decay)
-            for optim, base in zip(optims, (args.lr, args.lr / 2)):
-                for group in optim.param_groups:
-                    group["lr"] = base * rate
-            loss, seen = loss_of(decoder, compiled, batch)
-            loss.backward()
-            average_gradients(parameters)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
-            if not math.isfinite(norm):
-                raise SystemExit(
-                    f"the gradient is not finite at step {progress.step}; run again from {checkpoint} with a "
-                    f"lower --lr than {args.lr}"
-                )
-            for optim in optims:
-                optim.step()
-                optim.zero_grad(set_to_none=True)
-            for name, value in seen.items():
-                means[name].append(value)
-            progress.step += 1
-            progress.tokens += batch.tokens.numel() * args.processes
+        progress.step += len(batches)
+        progress.tokens += sum(batch.tokens.numel() for batch in batches)
         progress.chunk += 1
-        progress.seconds += mean_over_processes(time.time() - begun)
-        right = mean_over_processes(sum(means["right"]) / STEPS)
-        snapshot = progress.tokens % SNAPSHOT < STEPS * batch.tokens.numel() * args.processes
-        done = progress.seconds >= budget
-        if rank == 0:
-            log(**{name: round(sum(values) / len(values), 4) for name, values in means.items()})
-            if done or progress.seconds - last_probe > 240:
-                log(probe=probe(to_hugging_face(decoder), tokenizer))
-            if done or progress.seconds - last_saved > 120:
-                save()
-            if snapshot:
-                half = {name: p.half() for name, p in decoder.state_dict().items()}
-                save_file(half, args.out / f"snapshot-{progress.tokens // SNAPSHOT * SNAPSHOT}.safetensors")
-        if progress.seconds - last_probe > 240:
-            last_probe = progress.seconds
-        if progress.seconds - last_saved > 120:
-            last_saved = progress.seconds
-        if right >= stage.enough or progress.tokens - progress.stage_began > stage.at_most * 1e6:
+        progress.seconds += time.time() - begun
+        done = progress.tokens >= budget
+        log(waited=round(waited, 2), **{name: round(value, 4) for name, value in means.items()})
+        if means["right"] >= stage.enough or progress.tokens - progress.stage_began > stage.at_most * 1e6:
             progress.stage, progress.stage_began = progress.stage + 1, progress.tokens
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def process(rank: int, args: argparse.Namespace) -> None:
-    """One process, in the wordings of training."""
-    with more_wordings():
-        train(rank, args)
+        if done or progress.tokens // PROBE > before // PROBE:
+            log(probe=probe(to_hugging_face(decoder, tokenizer).to(device), tokenizer))
+        if done or progress.tokens // SNAPSHOT > before // SNAPSHOT:
+            half = {name: p.half().cpu() for name, p in decoder.state_dict().items()}
+            save_file(half, args.out / f"snapshot-{progress.tokens // 1_000_000:04d}.safetensors")
+        if done or time.time() - last_saved > SAVE:
+            last_saved, partial = time.time(), checkpoint.with_suffix(".tmp")
+            states = [optim.state_dict() for optim in optims]
+            torch.save(
+                {"decoder": decoder.state_dict(), "optims": states, "progress": asdict(progress)}, partial
+            )
+            partial.replace(checkpoint)
+    chunks.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=90.0,
-        help="budget of training time; resumed runs count what they used",
-    )
+    parser.add_argument("--positions", choices=POSITIONS, default="rotary", help="the model, or a twin")
+    parser.add_argument("--millions", type=float, default=70.0, help="tokens to train on, in millions")
     parser.add_argument("--decay", type=float, default=0.25, help="share of the budget over which lr falls")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--port", type=int, default=29511, help="of this machine, where the processes meet")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes that make rows"
+    )
     args = parser.parse_args()
     if not (args.out / "tokenizer").exists():
         args.out.mkdir(parents=True, exist_ok=True)
         with more_wordings():
             build(9216, args.out / "tokenizer")
-    torch.multiprocessing.spawn(process, (args,), nprocs=args.processes)
+    train(args, PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer"))
 
 
 if __name__ == "__main__":
