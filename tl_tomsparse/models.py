@@ -194,6 +194,8 @@ def _make_hooked(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype
             neutral, hf_cfg=hf.config.to_dict(), device=str(device), dtype=dtype, default_prepend_bos=False
         )
         state = loading.get_pretrained_state_dict(neutral, cfg, hf, dtype=dtype)
+    # For some architectures TransformerLens has a context of its own, whatever the config says.
+    cfg.n_ctx = min(cfg.n_ctx, getattr(hf.config, "max_position_embeddings", None) or cfg.n_ctx)
     state = {key: value.detach().clone() for key, value in state.items()}  # nothing shared with the original
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
