@@ -5,12 +5,15 @@
 # Each sets up what it needs first. Only Python 3.11 (or newer) and make are assumed.
 
 LANE ?= 4.3
+comma := ,
 OUT ?= runs/embedded
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 VENV := $(if $(filter 4.3,$(LANE)),.venv,.venv-$(LANE))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXTRAS := $(VENV)/.installed-dev
+# SAELens is for TransformerLens 3 only.
+DEV := $(if $(filter 3.%,$(LANE)),dev$(comma)saes,dev)
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -41,7 +44,7 @@ $(INSTALLED): $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(EXTRAS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "transformer-lens==$(LANE).0" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt "transformer-lens==$(LANE).0" -e ".[$(DEV)]"
 	touch $@
 
 clean:

@@ -98,6 +98,7 @@ def made(kind: str, **options: Any) -> Callable[[], PreTrainedConfig]:
 ARCHITECTURES = {
     "GPT2": "GPT2LMHeadModel",
     "Gemma3Text": "Gemma3ForCausalLM",
+    "OpenAIGPT": "OpenAIGPTLMHeadModel",
     "T5": "T5ForConditionalGeneration",
 }
 SEPARATE = {m: Place(f"self_attn.{m.lower()}_proj") for m in "QKVO"}
@@ -355,6 +356,10 @@ FAMILIES: dict[str, Family] = {
         ),
         refused="TransformerLens cannot make",
     ),
+    "GPT": Family(
+        made("OpenAIGPT", vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS, n_positions=128),
+        refused="other logits .* under an attention mask",
+    ),
     "Mamba": Family(
         made("Mamba", vocab_size=D_VOCAB, hidden_size=D_MODEL, num_hidden_layers=LAYERS, state_size=4),
         refused="no attention matrices",
@@ -453,6 +458,7 @@ def table() -> str:
 WHY = {
     "DeepSeek-V3": "multi-head latent attention has no single Q and K matrix",
     "Falcon 40B's form": "TransformerLens does not split its fused weight",
+    "GPT": "TransformerLens computes other logits under an attention mask",
     "Mamba": "no attention",
     "T5": "encoder-decoder",
 }

@@ -174,3 +174,56 @@ def test_the_hugging_face_model_inside_a_bridge_is_edited_too() -> None:
         torch.testing.assert_close(logits(inside), logits(expected.original_model))
         assert not torch.allclose(logits(inside), plain)
     assert torch.equal(logits(inside), plain)
+
+
+@every_backend
+def test_a_sparse_autoencoder_reads_the_edited_model(backend: Backend) -> None:
+    saes = pytest.importorskip("sae_lens", reason="SAELens is for TransformerLens 3")
+    torch.manual_seed(0)
+    sae = saes.StandardSAE(saes.StandardSAEConfig(d_in=32, d_sae=48))
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_()
+    model = tiny.model("llama", backend)
+    edit = SparseEdit.mean(model, a_mask(model))
+
+    def features(subject: Any) -> Tensor:
+        with torch.no_grad():
+            _, cache = subject.run_with_cache(CLEAN)
+            return sae.encode(cache["blocks.0.hook_resid_post"])
+
+    plain, expected = features(model), features(changed_for_good(backend, edit))
+    assert not torch.allclose(plain, expected, rtol=1e-2)
+    for block in both_forms(model, edit):
+        with block():
+            torch.testing.assert_close(features(model), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(features(model), plain)
+
+
+def test_an_edit_in_the_bridge_of_saelens() -> None:
+    saes = pytest.importorskip("sae_lens", reason="SAELens is for TransformerLens 3")
+    torch.manual_seed(0)
+    sae = saes.StandardSAE(saes.StandardSAEConfig(d_in=32, d_sae=48))
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_(std=0.3)
+
+    def loaded() -> Any:
+        path = str(tiny.directory("llama"))
+        return saes.SAETransformerBridge.boot_transformers(path, device="cpu", dtype=torch.float32).eval()
+
+    def logits(subject: Any) -> Tensor:
+        with torch.no_grad():
+            return subject.run_with_saes(CLEAN, saes=[sae])
+
+    model, for_good = loaded(), loaded()
+    edit = SparseEdit.mean(model, a_mask(model))
+    for key, values in edit.after.items():
+        weight = view(for_good).weight(key)
+        weight[edit.mask.to_bool(key)] = values
+    plain, expected = logits(model), logits(for_good)
+    assert not torch.allclose(plain, expected, rtol=1e-2)
+    with edit.applied(model):
+        torch.testing.assert_close(logits(model), expected)
+    assert torch.equal(logits(model), plain)

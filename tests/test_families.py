@@ -17,7 +17,7 @@ import tiny
 import torch
 from families import FAMILIES
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PersimmonConfig, Qwen3_5TextConfig
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
@@ -162,3 +162,34 @@ def test_the_same_weights_have_the_same_fisher_on_both_kinds_of_model(name: str,
     assert {key: entries.tolist() for key, entries in masks[0].entries.items()} == {
         key: entries.tolist() for key, entries in masks[1].entries.items()
     }
+
+
+def test_a_weight_that_holds_more_than_queries_is_not_offered_as_q(tmp_path: Path) -> None:
+    """Qwen3.5 has a gate beside each head's query in one weight; heads would be counted wrongly."""
+    config = Qwen3_5TextConfig(
+        **families.common(),
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        architectures=["Qwen3_5ForCausalLM"],
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    seen = view(load_model(tmp_path, device="cpu"))
+    assert seen.keys(("K", "V", "O")) == [(1, "K"), (1, "V"), (1, "O")]
+    with pytest.raises(TomsparseError, match=r"matrix 'Q': in layer 1 .* 8 heads of 8 .* has 4, .* queries"):
+        seen.keys("Q")
+
+
+def test_what_transformer_lens_does_not_know_is_one_short_sentence(tmp_path: Path) -> None:
+    config = PersimmonConfig(**families.without("num_key_value_heads"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        TomsparseError, match=r"cannot make a bridge model of .*persimmon.*architecture"
+    ) as error:
+        load_model(tmp_path, device="cpu")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import families
 import oracles
 import pytest
 import tiny
@@ -124,6 +125,13 @@ def test_converted_model_shares_nothing_with_the_original(broken: Path) -> None:
     first, second = (load_model(broken, backend="hooked", device="cpu") for _ in range(2))
     view(first).weight((0, "Q")).zero_()
     assert view(second).weight((0, "Q")).any()
+
+
+@needs_hooked
+def test_the_context_is_that_of_the_config() -> None:
+    """HookedTransformer has 2048 tokens for every Mistral."""
+    found = [load_model(families.directory("Mistral"), backend=b, device="cpu") for b in tiny.BACKENDS]
+    assert [view(model).n_ctx for model in found] == [128, 128]
 
 
 def write(path: Path, text: str) -> None:

@@ -100,13 +100,13 @@ class ModelView:
         self._rotations: tuple[dict[int, Rotation], dict[int, str]] | None = None
 
         self._weights = Weights(model, self.name)
-        shapes = {matrix: self.shape((layer, matrix)) for layer, matrix in self._weights.readable}
-        self.n_kv_heads: int = shapes.get("K", (self.n_heads,))[0]
-        self.d_mlp: int = shapes["in"][1] if "in" in shapes else 0
         self._sites = Sites(self, self._weights.readable)
         if not self._sites.pairs:
             why = "; ".join(dict.fromkeys(self._sites.reasons.values()))
             raise TomsparseError(f"{self.name} cannot be examined: {why}.")
+        shapes = {matrix: self.shape((layer, matrix)) for layer, matrix in self._sites.pairs}
+        self.n_kv_heads: int = shapes.get("K", (self.n_heads,))[0]
+        self.d_mlp: int = shapes["in"][1] if "in" in shapes else 0
         present = {matrix for _, matrix in self._sites.pairs}
         reasons = self._weights.reasons | self._sites.reasons
         self.matrices: tuple[MatrixName, ...] = tuple(m for m in MATRICES if m in present)

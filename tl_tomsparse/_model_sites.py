@@ -59,8 +59,9 @@ class Sites:
     """The hook points of the matrices of one model.
 
     Attributes:
-        pairs: for each key the hook points of its product's input and output.
-        reasons: for each matrix name that has none in some layer, why.
+        pairs: for each key the hook points of its product's input and output; a matrix that lacks them in one
+            layer is left out in all.
+        reasons: for each matrix name that has none in a layer where it has a weight, why.
     """
 
     def __init__(self, model_view: ModelView, keys: Collection[Key]) -> None:
@@ -73,6 +74,13 @@ class Sites:
         self._find_norm_order(seen)
         for layer, matrix in keys:
             weight = model_view.weight((layer, matrix))
+            if matrix == "Q" and len(weight) != model_view.n_heads:
+                self.reasons[matrix] = (
+                    f"in layer {layer} its weight has outputs for {len(weight)} heads of {model_view.d_head} "
+                    f"and the model has {model_view.n_heads}, so it is more than queries (a gate beside "
+                    "them, or heads of another size)"
+                )
+                continue
             inputs = [f"blocks.{layer}.{site}" for site in _INPUTS[matrix]]
             outputs = [f"blocks.{layer}.{site}" for site in _OUTPUTS[matrix]]
             for x, y in ((x, y) for x in inputs for y in outputs if x in seen and y in seen):
@@ -80,10 +88,13 @@ class Sites:
                     self.pairs[layer, matrix] = (x, y)
                     break
             else:
-                self.reasons[matrix] = (
+                self.reasons.setdefault(
+                    matrix,
                     f"in layer {layer} no hook point shows the product of its input and weight (if hooks "
-                    "that change activations are installed, call model.reset_hooks() first)"
+                    "that change activations are installed, call model.reset_hooks() first)",
                 )
+        # All layers that have a matrix, or none: a mask of some would pass for one of the whole model.
+        self.pairs = {key: pair for key, pair in self.pairs.items() if key[1] not in self.reasons}
 
     def as_input(self, name: str, value: Tensor) -> Tensor:
         """The input of a product from what its hook point shows.

@@ -82,7 +82,7 @@ class Weights:
         part = "attn" if matrix in IN_ATTENTION else "mlp"
         block = self._model.blocks[layer]
         if part not in block._modules:
-            raise LookupError(f"layer {layer} has no {part}")
+            raise LookupError(f"its layers have no {'attention' if part == 'attn' else 'MLP'} of their own")
         owner = block._modules[part]
         if isinstance(self._model, TransformerBridge):
             linear = owner._modules.get(matrix.lower())

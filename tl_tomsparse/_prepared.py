@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model import view
 from tl_tomsparse._scoring import Reads, Wanted, collect_reads
-from tl_tomsparse.samples import Samples, option_tokens
+from tl_tomsparse.samples import Samples, check_samples, check_stories, option_tokens
 from tl_tomsparse.stories.story import CATEGORIES, Category, Form, Question, Story
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def prepare_scoring(
     wanted: list[Wanted] = []
     lengths: list[int] = []
     seen: set[str] = set()
-    for story in stories:
+    for story in check_stories(stories):
         if story.id in seen:
             raise TomsparseError(
                 f"Two stories have the id {story.id!r}; intervals by story need different ids."
@@ -211,6 +211,7 @@ class PreparedText:
 
 def prepare_text(model: Any, samples: Samples, *, batch_tokens: int | None = None) -> PreparedText:
     """Batch samples for `model`; every supervised position of theirs is read."""
+    check_samples(view(model), samples)
     wanted: list[Wanted] = []
     parts = (samples.tokens.cpu(), samples.attention_mask.cpu(), samples.supervised.cpu())
     for tokens, mask, supervised in zip(*parts):

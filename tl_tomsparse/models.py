@@ -194,6 +194,8 @@ def _make_hooked(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype
             neutral, hf_cfg=hf.config.to_dict(), device=str(device), dtype=dtype, default_prepend_bos=False
         )
         state = loading.get_pretrained_state_dict(neutral, cfg, hf, dtype=dtype)
+    # For some architectures TransformerLens has a context of its own, whatever the config says.
+    cfg.n_ctx = min(cfg.n_ctx, getattr(hf.config, "max_position_embeddings", None) or cfg.n_ctx)
     state = {key: value.detach().clone() for key, value in state.items()}  # nothing shared with the original
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
@@ -216,18 +218,28 @@ def _logits_before(hf: Any, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _check_logits(model: Any, tokens: Tensor, expected: Tensor, backend: Backend) -> None:
-    """Refuse a conversion that changes the function."""
-    found: Tensor = model(tokens, return_type="logits").float()
-    error = float(((found - expected).abs().max() / expected.std()).item())
-    exact = model.cfg.dtype in (torch.float32, torch.float64)
-    if not error <= (1e-3 if exact else 0.2):
-        other = 'backend="bridge"' if backend == "hooked" else "another version of transformer-lens"
-        raise TomsparseError(
-            f"TransformerLens computes other logits for this model than transformers ({backend}: largest "
-            f"difference {error:.2g} standard deviations); use {other}."
-        )
+    """Refuse a conversion that changes the function: the row as it is, and beginning a row with padding after
+    it, under an attention mask, as everything here runs the model.
+    """
+    real = torch.arange(tokens.shape[1], device=tokens.device)[None] < max(1, tokens.shape[1] - 8)
+    for mask, what in ((None, ""), (real, " under an attention mask")):
+        options = {} if mask is None else {"attention_mask": mask.long()}
+        found: Tensor = model(tokens, return_type="logits", **options).float()
+        rows = slice(None) if mask is None else mask
+        apart = (found - expected)[rows].square().mean(-1).sqrt().max() / expected.std()
+        exact = model.cfg.dtype in (torch.float32, torch.float64)
+        if not apart <= (1e-3 if exact else 0.1):
+            other = 'backend="bridge"' if backend == "hooked" else "another version of transformer-lens"
+            raise TomsparseError(
+                f"TransformerLens computes other logits for this model than transformers{what} ({backend}: "
+                f"{float(apart):.2g} standard deviations apart at one position); use {other}."
+            )
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    # TransformerLens lists all it knows; the first sentence says what is wrong.
+    line = text[0] if len(text[0]) < 240 else text[0].partition(". ")[0][:240]
+    return f"{type(error).__name__}: {line.rstrip('.')}"

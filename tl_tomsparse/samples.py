@@ -9,7 +9,7 @@ sink sits, is added explicitly and its use recorded. Nothing is claimed about wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -159,12 +159,11 @@ def story_samples(
         Samples in the order of stories and questions.
 
     Raises:
-        TomsparseError: no such question, no tokenizer, no BOS token, or a story longer than the model's
-            context.
+        TomsparseError: no such question, no tokenizer, no BOS token, a text that begins with BOS already, or
+            a story longer than the model's context.
     """
     check_choice("supervise", supervise, ("answer", "last_token"))
-    if isinstance(stories, Story):
-        stories = (stories,)
+    stories = check_stories(stories)
     chosen = _names("categories", ("false_belief",) if categories is None else categories, CATEGORIES)
     forms = _names(
         "forms", ("completion", "question") if forms is None else forms, ("completion", "question")
@@ -221,7 +220,7 @@ def text_samples(
 
     Raises:
         TomsparseError: fewer windows than asked for, a window longer than the model's context, no tokenizer
-            or BOS.
+            or BOS, or a text that begins with BOS already.
     """
     check_positive("length", length - 1)
     model_view = view(model)
@@ -234,7 +233,11 @@ def text_samples(
     body = length - len(start)
     step = body if stride is None else stride
     check_positive("stride", step)
-    stream = [token for text in texts for token in _encode(model_view, text)]
+    stream: list[int] = []
+    for index, text in enumerate(texts):
+        tokens = _encode(model_view, text)
+        _check_single_bos(start, tokens, f"text {index}")
+        stream += tokens
     offsets = np.arange(0, len(stream) - body + 1, step)
     wanted = len(offsets) if n is None else n
     check_positive("n", wanted if len(offsets) else 1)
@@ -283,6 +286,7 @@ def option_tokens(
     start = _bos(model_view, prepend_bos)
     whole = [_encode(model_view, f"{prompt} {option}") for option in options]
     common = _encode(model_view, prompt)
+    _check_single_bos(start, common, name)
     for tokens in whole:
         same = next(
             (i for i, (a, b) in enumerate(zip(common, tokens)) if a != b), min(len(common), len(tokens))
@@ -306,6 +310,35 @@ def option_tokens(
     return start + common, continuations
 
 
+def check_samples(model_view: ModelView, samples: Samples) -> None:
+    """Refuse what is no `Samples`, such as a list of strings, and rows longer than the model's context."""
+    if not isinstance(samples, Samples):
+        raise TomsparseError(
+            f"samples is a {type(samples).__name__}; make samples with story_samples or text_samples, which "
+            "pad on the right and say where the loss is."
+        )
+    longest = samples.tokens.shape[1]
+    if longest > model_view.n_ctx:
+        raise TomsparseError(
+            f"Samples have up to {longest} tokens and {model_view.name} reads {model_view.n_ctx}; "
+            "use shorter ones."
+        )
+
+
+def check_stories(stories: Iterable[Story]) -> list[Story]:
+    """The stories as a list; refuse anything else, such as strings."""
+    if isinstance(stories, Story):
+        return [stories]
+    found = list(stories)
+    for story in found:
+        if not isinstance(story, Story):
+            raise TomsparseError(
+                f"stories has a {type(story).__name__}; pass stories of generate_stories or read_jsonl, or "
+                "make text into samples with text_samples."
+            )
+    return found
+
+
 def _bos(model_view: ModelView, prepend_bos: bool) -> list[int]:
     if model_view.tokenizer is None:
         raise TomsparseError(f"{model_view.name} has no tokenizer; load it with one (load_model does).")
@@ -316,6 +349,13 @@ def _bos(model_view: ModelView, prepend_bos: bool) -> list[int]:
             f"{model_view.name}'s tokenizer has no BOS token; pass prepend_bos=False (--no-bos)."
         )
     return [int(model_view.bos_token_id)]
+
+
+def _check_single_bos(start: list[int], tokens: list[int], name: str) -> None:
+    if start and tokens[:1] == start:
+        raise TomsparseError(
+            f"{name} begins with the BOS token already; remove it from the text, or pass prepend_bos=False."
+        )
 
 
 def _encode(model_view: ModelView, text: str) -> list[int]:

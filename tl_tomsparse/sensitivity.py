@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
 from tl_tomsparse._checks import TomsparseError, check_positive, check_same_weights
 from tl_tomsparse._model import MATRICES, Key, ModelIdentity, Reader, view
-from tl_tomsparse.samples import Samples
+from tl_tomsparse.samples import Samples, check_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -352,12 +352,7 @@ def fisher_diagonal(
             checkpoint of another model, other samples or other settings.
     """
     model_view = view(model)
-    longest = samples.tokens.shape[1]
-    if longest > model_view.n_ctx:
-        raise TomsparseError(
-            f"Samples have up to {longest} tokens and {model_view.name} reads {model_view.n_ctx}; "
-            "use shorter ones."
-        )
+    check_samples(model_view, samples)
     budget = batch_tokens or _BATCH_TOKENS.get(model_view.device.type, _BATCH_TOKENS_ELSEWHERE)
     check_positive("batch_tokens", budget)
     fisher = FisherAccumulator(model, matrices=matrices, allow_processed=allow_processed)
