@@ -606,6 +606,28 @@ def test_the_union_of_disjoint_edits_is_both(unchanged: Any) -> None:
         first | mask  # type: ignore[operator]
 
 
+def test_the_same_operator_works_on_another_mask(unchanged: Any) -> None:
+    mask, other = a_mask(unchanged), a_mask(unchanged, 1)
+
+    def made(on: SparseMask) -> list[SparseEdit]:
+        return [
+            SparseEdit.mean(unchanged, on),
+            SparseEdit.zero(unchanged, on),
+            SparseEdit.scale(unchanged, on, 3),
+            SparseEdit.resample(unchanged, on, seed=2),
+        ]
+
+    for edit, expected in zip(made(mask), made(other)):
+        found = edit.on(unchanged, other)
+        assert (found.mask, found.operator) == (other, edit.operator)
+        assert found.after.keys() == expected.after.keys()
+        assert all(torch.equal(values, expected.after[key]) for key, values in found.after.items())
+    first, second = made(mask)[0], made(other - mask)[1]
+    for joined in (first.inverse, first | second):
+        with pytest.raises(TomsparseError, match="has no rule of its own"):
+            joined.on(unchanged, other)
+
+
 def test_forms_for_reading(unchanged: Any) -> None:
     edit = SparseEdit.scale(unchanged, a_mask(unchanged), 2)
     assert len(edit) == len(edit.mask)

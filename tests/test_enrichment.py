@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import families
+import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 from test_edit import a_mask
+from test_rotary import some_samples
 
 import tl_tomsparse as tt
 from tl_tomsparse._model import view
@@ -42,8 +45,78 @@ def test_counts_are_those_by_hand(name: str, adjacent: bool, turned: int) -> Non
                 assert row.random_low <= row.random_mean <= row.random_high
             else:
                 assert (m, entries) == (-1, 0)
-    random = [tt.mask_by_frequency(model, mask.random_like(s), n_random=1).entries for s in range(30)]
-    assert found.random_mean.to_numpy() == pytest.approx(sum(r.to_numpy() for r in random) / 30)
+
+
+@pytest.mark.parametrize("match", ["matrix", "row", "column"])
+def test_drawn_counts_are_distributed_as_those_of_random_masks(match: Any) -> None:
+    model = load_model(families.directory("GPT-J"), device="cpu")
+    full = [(head, 3, d) for head in range(4) for d in range(8)]
+    mask = a_mask(model, share=0.02) | masked(model, (0, "Q"), *full)
+    expected = tt.mask_by_frequency(model, mask, match=match, n_random=4000)
+    masks = (mask.random_like(seed, match=match) for seed in range(400))
+    made = np.array([tt.mask_by_frequency(model, one, n_random=1).entries for one in masks])
+    error = made.std(0) / 400**0.5
+    assert (np.abs(made.mean(0) - expected.random_mean) <= 4 * error + 1e-9).all()
+    for quantile, column in ((0.025, "random_low"), (0.975, "random_high")):
+        assert (np.abs(np.quantile(made, quantile, axis=0) - expected[column]) <= 3).all()
+    if match == "row":  # channel 3 is full, so a quarter of its entries is known
+        low = tt.mask_by_frequency(model, mask, match="matrix").query("matrix == 'Q'").random_low.min()
+        assert expected.query("matrix == 'Q'").random_low.min() > low
+
+
+def test_entries_at_frequencies_are_those_by_hand() -> None:
+    model = load_model(families.directory("GPT-J"), device="cpu")
+    mask = a_mask(model, share=0.05)
+    pairs = tt.RotaryLayout.of(model)[0].pairs.tolist()
+    for chosen in ([1], [0, 1]):
+        kept = tt.at_frequencies(model, mask, chosen).to_frame()
+        rows = mask.to_frame().query("matrix in ['Q', 'K']")
+        rows = rows[rows.col.isin([d for m in chosen for d in pairs[m]])]
+        assert kept.flat.tolist() == rows.flat.tolist()
+    norms = tt.frequency_norms(model, some_samples(), show_progress=False)
+    dominant = norms.dominant(top=1)
+    strongest = {(row.layer, row.part.upper(), row.head): row.frequency for row in dominant.itertuples()}
+    expected = []
+    for row in mask.to_frame().itertuples():
+        m = strongest.get((row.layer, row.matrix, row.head))
+        if m is not None and row.col in pairs[m]:
+            expected.append(row.flat)
+    kept = tt.at_frequencies(model, mask, dominant)
+    assert kept.to_frame().flat.tolist() == expected
+    assert len(mask - kept) == len(mask) - len(kept)
+    share = tt.share_at_frequencies(model, mask, dominant).set_index("match")
+    n = len(mask.restrict(matrices=("Q", "K")))
+    assert (share.entries == len(expected)).all()
+    assert share.share.to_numpy() == pytest.approx(len(expected) / n)
+    made = [len(tt.at_frequencies(model, mask.random_like(seed), dominant)) / n for seed in range(200)]
+    assert share.random_mean["matrix"] == pytest.approx(np.mean(made), abs=4 * np.std(made) / 200**0.5)
+
+
+def test_a_mask_at_the_dominant_frequencies_is_found_there() -> None:
+    model = tiny.model("llama")
+    dominant = tt.frequency_norms(model, some_samples(), show_progress=False).dominant(top=1)
+    whole = a_mask(model, share=0.3)
+    there = tt.at_frequencies(model, whole, dominant)
+    share = tt.share_at_frequencies(model, there, dominant)
+    assert (share.share == 1).all()
+    assert (share.p < 0.01).all()
+    assert (share.random_high < 0.6).all()
+    nowhere = tt.share_at_frequencies(model, whole - there, dominant)
+    assert (nowhere.share == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "message"),
+    [
+        ([9], "no frequency 9 in head 0 of matrix Q of layer 0; it has 4 heads with 4 frequencies"),
+        (pd.DataFrame({"layer": [0], "head": [0], "frequency": [0]}), "no column 'part'"),
+        (pd.DataFrame({"layer": [0], "part": ["k"], "head": [7], "frequency": [0]}), "head 7 of matrix K"),
+    ],
+)
+def test_frequencies_that_are_not_there_are_refused(frequencies: Any, message: str) -> None:
+    model = tiny.model("llama")
+    with pytest.raises(tt.TomsparseError, match=message):
+        tt.at_frequencies(model, a_mask(model), frequencies)
 
 
 def test_a_mask_on_one_frequency_is_enriched_there_and_nowhere_else() -> None:
@@ -74,13 +147,19 @@ def test_ranks_are_those_of_whole_matrices() -> None:
     model = tiny.model("qwen2")
     mask = a_mask(model, share=0.02)
     found = tt.mask_rank(model, mask, n_random=3).set_index(["layer", "matrix"])
-    for (layer, matrix), row in found.iterrows():
+    for (layer, matrix), row in found.query("layer >= 0").iterrows():
         weight = view(model).weight((layer, matrix)).double() * mask.to_bool((layer, matrix))
         flat = weight.transpose(0, 1).flatten(1)  # d_model by heads times d_head
         assert row["rank"] == torch.linalg.matrix_rank(flat)
         for match in ("matrix", "row", "column"):
             named = f"random_{match}"
             assert row[f"{named}_low"] <= row[named] <= row[f"{named}_high"]
+    for matrix in "QK":
+        each = found.query("layer >= 0").xs(matrix, level="matrix")
+        mean = found.loc[-1, matrix]
+        assert mean["rank"] == each["rank"].mean()
+        assert mean.random_row == pytest.approx(each.random_row.mean())
+        assert (mean.as_low_row == 3) == (mean.random_row_high <= mean["rank"])
 
 
 def test_one_input_channel_has_rank_one_and_so_has_every_mask_matched_by_row() -> None:
@@ -100,7 +179,7 @@ def test_random_masks_may_leave_a_matrix_empty_and_one_kind_may_be_a_string() ->
     mask = tt.SparseMask.from_bool(model, keys)
     found = tt.mask_rank(model, mask, matches="total", n_random=5)
     assert found.random_total_low.iloc[0] == 0
-    assert len(found) == 1
+    assert found.layer.tolist() == [0, -1]
     everything = tt.SparseEdit.scale(model, a_mask(model), 0.0)
     with everything.applied(model), pytest.raises(tt.TomsparseError, match="active edit"):
         tt.mask_rank(model, a_mask(tiny.model("llama")))

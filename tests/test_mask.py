@@ -224,6 +224,9 @@ def test_restrict_keeps_layers_matrices_and_heads() -> None:
     rows = mask.to_frame().query("layer == 0 and head in [1, 3]")
     assert triples(kept) == {(r.layer, r.matrix, r.flat) for r in rows.itertuples()}
     assert list(kept.shapes) == [(0, "Q"), (0, "K")]
+    pairs = mask.restrict(heads=[(0, 1), (0, 3), (1, 0)])
+    assert pairs.restrict(layers=[0]) == kept
+    assert pairs.restrict(layers=[1]) == mask.restrict(layers=[1], heads=[0])
     assert mask.restrict() == mask
     assert len(mask.restrict(layers=[])) == 0
     with pytest.raises(TomsparseError, match="matrices='W_Q'"):

@@ -60,7 +60,7 @@ def test_layers_with_fewer_frequencies_leave_cells_empty():
         for layer, n in ((0, 2), (1, 4))
     }
     values = {(layer, part): torch.ones(3, n) for layer, n in ((0, 2), (1, 4)) for part in "qk"}
-    norms = FrequencyNorms(RotaryLayout(layers, 8, {}), values, values, values, {}, {}, 1, True)
+    norms = FrequencyNorms(RotaryLayout(layers, 8, {}), values, values, values, {}, {}, {}, 1, True)
     z = cells(plot.frequency_norms(norms))
     assert np.isnan(z[:3, 2:]).all()
     assert not np.isnan(z[3:]).any()
@@ -113,6 +113,6 @@ def test_a_large_model_is_a_figure_of_less_than_two_megabytes():
         for n in range(layers)
     }
     values = {(n, part): torch.rand(heads, pairs).double() for n in range(layers) for part in "qk"}
-    norms = FrequencyNorms(RotaryLayout(layout, 4096, {}), values, values, values, {}, {}, 1, True)
+    norms = FrequencyNorms(RotaryLayout(layout, 4096, {}), values, values, values, {}, {}, {}, 1, True)
     html = plot.frequency_norms(norms).to_html(include_plotlyjs=False)
     assert len(html) < 2e6

@@ -8,8 +8,10 @@ import math
 from typing import Any
 
 import families
+import numpy as np
 import oracles
 import pytest
+import scipy.stats
 import tiny
 import torch
 from families import D_HEAD, FAMILIES
@@ -140,6 +142,8 @@ def test_norms_and_logits_are_those_of_loops_over_positions(name: str, backend: 
                 close(norms.rms[layer, part][:, m], (size**2).mean(0).sqrt())
                 close(norms.mean[layer, part][:, m], size.mean(0))
                 close(norms.largest[layer, part][:, m], size.amax(0))
+                each = [(row[index][..., i] ** 2 + row[index][..., j] ** 2).mean(0) for row in rows]
+                close(norms.squares[layer, part][..., m], torch.stack(each))  # fewer samples than groups
         total = torch.zeros(len(norms.logit[layer]), n, dtype=torch.float64)
         first, n_pairs, n_queries = total.clone(), 0, 0
         for q, k in rows:
@@ -193,6 +197,21 @@ def test_memory_and_batches_do_not_matter_and_rows_add_up() -> None:
     frame = whole.to_frame()
     assert frame.groupby(["layer", "part", "head"]).share.sum().to_numpy() == pytest.approx(1.0)
     assert set(frame.columns) >= {"radians", "wavelength", "rms", "mean", "largest", "logit", "logit_first"}
+
+
+def test_intervals_of_norms_are_student_s_over_groups_of_samples() -> None:
+    model = tiny.model("neox", dtype=torch.float64)
+    samples = some_samples(tuple(5 + n % 3 for n in range(50)))
+    norms = tt.frequency_norms(model, samples, show_progress=False)
+    frame = norms.to_frame().set_index(["layer", "part", "head", "frequency"])
+    alone = [tt.frequency_norms(model, samples[n : n + 1], show_progress=False) for n in range(50)]
+    squares = np.array([float(one.rms[1, "k"][2, 0]) ** 2 for one in alone])
+    lengths = samples.lengths.numpy()
+    groups = [np.average(squares[n::20], weights=lengths[n::20]) for n in range(20)]
+    half = scipy.stats.t.ppf(0.975, 19) * np.std(groups, ddof=1) / 20**0.5
+    row = frame.loc[1, "k", 2, 0]
+    assert (row.low**2, row.high**2) == pytest.approx((row.rms**2 - half, row.rms**2 + half))
+    assert np.isnan(alone[0].to_frame().low).all()
 
 
 def test_what_has_no_rotation_is_refused_by_reason() -> None:

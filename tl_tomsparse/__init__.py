@@ -7,11 +7,12 @@ from . import plot
 from ._checks import TomsparseError
 from .edit import SparseEdit
 from .effect import Effect, effect
-from .enrichment import mask_by_frequency, mask_rank
+from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_frequencies
 from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
 from .mask import SparseMask
 from .models import load_model
+from .position import Position, PositionEffects, position_effects
 from .ranking import RankedEntries, rank_entries, top_fraction
 from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
@@ -61,12 +62,17 @@ __all__ = [
     "FrequencyNorms",
     "frequency_norms",
     "mask_by_frequency",
+    "share_at_frequencies",
+    "at_frequencies",
     "mask_rank",
     "BosAngles",
     "SinkAttention",
     "bos_angles",
     "sink_attention",
     "sink_shift",
+    "Position",
+    "PositionEffects",
+    "position_effects",
     # experiments
     "KappaSweep",
     "KappaChoice",

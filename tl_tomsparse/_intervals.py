@@ -62,6 +62,10 @@ class Estimate:
         """p-value of "at least `null`", doubled so that it agrees with the two-sided interval."""
         return min(1.0, 2 * self._tail(self.draws >= null))
 
+    def p_above(self, null: float = 0.0) -> float:
+        """p-value of "at most `null`", doubled so that it agrees with the two-sided interval."""
+        return min(1.0, 2 * self._tail(self.draws <= null))
+
     def p_within(self, low: float, high: float) -> float:
         """p-value of "outside (low, high)": the equivalence test that agrees with the two-sided interval."""
         return min(1.0, 2 * max(self._tail(self.draws <= low), self._tail(self.draws >= high)))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Values = Callable[[Key, Tensor, Tensor, Tensor], Tensor]
-"""New values from (key, live weight, flat indices, old values)."""
+"""New values from (key, live weight in canonical shape, flat indices, old values)."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,12 +54,14 @@ class SparseEdit:
             applied, in the order of `mask.entries`, in the dtype of the weights, on the CPU.
         after: the values that it gives them.
         operator: how they were made, in words.
+        values: the rule that made them; None for an inverse and for several edits as one.
     """
 
     mask: SparseMask
     before: Mapping[Key, Float[Tensor, " _"]]
     after: Mapping[Key, Float[Tensor, " _"]]
     operator: str
+    values: Values | None = None
 
     @property
     def identity(self) -> ModelIdentity:
@@ -122,7 +124,7 @@ class SparseEdit:
             rank = torch.from_numpy(below(stream(seed, *order(key)), rest, len(index)))
             # Before the r-th unmasked entry come the masked ones with at most r unmasked ones before them.
             flat = rank + torch.searchsorted(index - torch.arange(len(index)), rank, right=True)
-            return weight[place(mask.shapes[key], flat.to(weight.device))].cpu()
+            return weight[place(tuple(weight.shape), flat.to(weight.device))].cpu()
 
         return cls._make(model, mask, f"resample seed {seed}", values)
 
@@ -151,7 +153,25 @@ class SparseEdit:
                         f"The edit ({operator}) gives {name(key)} values that are not finite in "
                         f"{weight.dtype}; choose a smaller factor, or check the weights."
                     )
-        return cls(mask, MappingProxyType(before), MappingProxyType(after), operator)
+        return cls(mask, MappingProxyType(before), MappingProxyType(after), operator, values)
+
+    def on(self, model: Any, mask: SparseMask) -> SparseEdit:
+        """The same operator on the entries of another mask: `edit.on(model, edit.mask.random_like(0))` is a
+        placebo.
+
+        Args:
+            model: unedited; the one that the mask was made from.
+            mask: the entries.
+
+        Raises:
+            TomsparseError: as for `mean`; this edit is an inverse, or several edits as one.
+        """
+        if self.values is None:
+            raise TomsparseError(
+                f"The edit ({self.operator}) has no rule of its own to use on other entries; make them with "
+                "SparseEdit.mean, zero, scale or resample."
+            )
+        return self._make(model, mask, self.operator, self.values)
 
     # ---- algebra
 

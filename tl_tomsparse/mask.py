@@ -116,14 +116,15 @@ class SparseMask:
         *,
         layers: Collection[int] | None = None,
         matrices: Collection[str] | None = None,
-        heads: Collection[int] | None = None,
+        heads: Collection[int | tuple[int, int]] | None = None,
     ) -> SparseMask:
         """The entries in these layers, matrices and heads; None keeps all.
 
         Args:
             layers: counted from 0.
             matrices: of Q, K, V, O, gate, in, out.
-            heads: counted from 0; key-value heads for K and V. Matrices without heads are left out.
+            heads: counted from 0, for all layers, or (layer, head) pairs; key-value heads for K and V.
+                Matrices without heads are left out.
 
         Raises:
             TomsparseError: an unknown matrix name.
@@ -139,9 +140,8 @@ class SparseMask:
         }
         entries = {key: self.entries[key] for key in shapes}
         if heads is not None:
-            wanted = torch.tensor(sorted(heads), dtype=torch.int64)
             entries = {
-                key: index[torch.isin(index // prod(shapes[key][1:]), wanted)]
+                key: index[torch.isin(index // prod(shapes[key][1:]), _heads_of(heads, key[0]))]
                 for key, index in entries.items()
             }
         return SparseMask(self.identity, shapes, entries)
@@ -355,6 +355,12 @@ def _random_channels(
     free = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *drawn]))
     fixed = places.repeat_interleave(counts)
     return flat_index(key, shape, *((fixed, free) if match == "row" else (free, fixed)))
+
+
+def _heads_of(heads: Collection[int | tuple[int, int]], layer: int) -> Int64[Tensor, " k"]:
+    """The heads that are meant in a layer: a number is for all layers, a pair for its own."""
+    pairs = [head if isinstance(head, tuple) else (layer, head) for head in heads]
+    return torch.tensor(sorted(head for of, head in pairs if of == layer), dtype=torch.int64)
 
 
 def _key(stored: str) -> Key:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Part = Literal["q", "k"]
+_GROUPS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +130,8 @@ class FrequencyNorms:
             of what the frequency adds to q . k / sqrt(d_head), the attention logit of most models (Gemma has
             another scale, and caps it; in layers with a sliding window keys before it count, too).
         logit_first: the same for the first token alone as key: BOS, where rows begin with it.
+        squares: for each (layer, "q" or "k") `[groups, heads, pairs]`, float64: mean square of the norm in
+            each of up to 20 groups of samples (the n-th sample is in group n mod 20), for intervals.
         n_positions: how many positions were seen.
         bos: whether rows begin with BOS.
     """
@@ -139,6 +142,7 @@ class FrequencyNorms:
     largest: Mapping[tuple[int, str], Float[Tensor, "heads pairs"]]
     logit: Mapping[int, Float[Tensor, "heads pairs"]]
     logit_first: Mapping[int, Float[Tensor, "heads pairs"]]
+    squares: Mapping[tuple[int, str], Float[Tensor, "groups heads pairs"]]
     n_positions: int
     bos: bool
 
@@ -147,15 +151,20 @@ class FrequencyNorms:
         return f"FrequencyNorms({self.layout!r}, {self.n_positions} positions)"
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a layer, part, head and frequency: radians, wavelength, rms, mean, largest, share (of the
+        """One row a layer, part, head and frequency: radians, wavelength, rms with its 95 % interval (low,
+        high: Student's t over the groups' mean squares; nan with one sample), mean, largest, share (of the
         head's squared norm over turned dimensions); of queries also logit and logit_first.
         """
         import pandas as pd
+        from scipy.stats import t as student
 
         frames = []
         for (layer, part), rms in self.rms.items():
             heads, pairs = rms.shape
             rotation = self.layout[layer]
+            groups = self.squares[layer, part]
+            reach = float(student.ppf(0.975, len(groups) - 1)) * groups.std(0) * len(groups) ** -0.5
+            low, high = ((rms**2 + side * reach).clamp_min(0).sqrt() for side in (-1, 1))
             frame = pd.DataFrame(
                 {
                     "layer": layer,
@@ -165,6 +174,8 @@ class FrequencyNorms:
                     "radians": rotation.frequencies.repeat(heads).numpy(),
                     "wavelength": rotation.wavelengths.repeat(heads).numpy(),
                     "rms": rms.flatten().numpy(),
+                    "low": low.flatten().numpy(),
+                    "high": high.flatten().numpy(),
                     "mean": self.mean[layer, part].flatten().numpy(),
                     "largest": self.largest[layer, part].flatten().numpy(),
                     "share": (rms**2 / (rms**2).sum(1, keepdim=True)).flatten().numpy(),
@@ -238,11 +249,11 @@ def frequency_norms(
 def norms_measure(seen: ModelView, samples: Samples, now: Current) -> Measure[FrequencyNorms]:
     """`frequency_norms` as a measure, so that others can be taken in the same pass."""
     layout = RotaryLayout.of(seen.model)
-    sums = _Sums(layout)
+    sums = _Sums(layout, len(samples))
     queries: dict[int, Tensor] = {}
 
     def store(layer: int, part: str, value: Tensor) -> None:
-        sums.add(layer, part, value, now.mask)
+        sums.add(layer, part, value, now)
         if part == "q":
             queries[layer] = value
         else:
@@ -255,8 +266,9 @@ def norms_measure(seen: ModelView, samples: Samples, now: Current) -> Measure[Fr
 class _Sums:
     """Running sums over positions, in float64."""
 
-    def __init__(self, layout: RotaryLayout) -> None:
-        self.layout = layout
+    def __init__(self, layout: RotaryLayout, n_samples: int) -> None:
+        self.layout, self.n_groups = layout, min(_GROUPS, n_samples)
+        self.sizes = torch.zeros(self.n_groups, dtype=torch.float64)  # positions in each group
         self.squares: dict[tuple[int, str], Tensor] = {}
         self.norms: dict[tuple[int, str], Tensor] = {}
         self.largest: dict[tuple[int, str], Tensor] = {}
@@ -270,11 +282,17 @@ class _Sums:
         value = value.double() * mask[:, :, None, None]
         return torch.complex(value[..., pairs[:, 0]], value[..., pairs[:, 1]])
 
-    def add(self, layer: int, part: str, value: Tensor, mask: Tensor) -> None:
-        norm = self._complex(layer, value, mask).abs()
+    def add(self, layer: int, part: str, value: Tensor, now: Current) -> None:
+        norm = self._complex(layer, value, now.mask).abs()
         key = (layer, part)
-        for store, now in ((self.squares, (norm**2).sum((0, 1))), (self.norms, norm.sum((0, 1)))):
-            store[key] = store[key] + now if key in store else now
+        group = (now.rows % self.n_groups).to(value.device)
+        if key == (next(iter(self.layout)), "q"):
+            self.sizes.index_add_(0, group.cpu(), now.mask.sum(1).double().cpu())
+        if key not in self.squares:
+            self.squares[key] = norm.new_zeros(self.n_groups, *norm.shape[2:])
+            self.norms[key] = norm.new_zeros(norm.shape[2:])
+        self.squares[key].index_add_(0, group, (norm**2).sum(1))
+        self.norms[key] += norm.sum((0, 1))
         top = norm.amax((0, 1))
         self.largest[key] = torch.maximum(self.largest[key], top) if key in self.largest else top
 
@@ -293,11 +311,12 @@ class _Sums:
     def result(self, n: int, bos: bool) -> FrequencyNorms:
         return FrequencyNorms(
             layout=self.layout,
-            rms={key: (value / n).sqrt().cpu() for key, value in self.squares.items()},
+            rms={key: (value.sum(0) / n).sqrt().cpu() for key, value in self.squares.items()},
             mean={key: (value / n).cpu() for key, value in self.norms.items()},
             largest={key: value.cpu() for key, value in self.largest.items()},
             logit={layer: (value / self.n_pairs).cpu() for layer, value in self.logits.items()},
             logit_first={layer: (value / n).cpu() for layer, value in self.logits_first.items()},
+            squares={key: value.cpu() / self.sizes[:, None, None] for key, value in self.squares.items()},
             n_positions=n,
             bos=bos,
         )

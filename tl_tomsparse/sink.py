@@ -101,7 +101,7 @@ class SinkAttention:
 
     def rate(self, eps: float = 0.3) -> float:
         """The share of (layer, head, sample) whose attention to the token exceeds eps."""
-        _check_eps(eps)
+        check_threshold(eps)
         return float(torch.cat([(a > eps).double().flatten() for a in self.attention.values()]).mean())
 
     def to_frame(self, *, eps: float = 0.3, seed: int = 0) -> pd.DataFrame:
@@ -110,7 +110,7 @@ class SinkAttention:
         """
         import pandas as pd
 
-        _check_eps(eps)
+        check_threshold(eps)
         frames = []
         for layer, values in self.attention.items():
             mean, low, high = mean_intervals(values.numpy(), seed=seed)
@@ -289,7 +289,7 @@ def sink_shift(
     import pandas as pd
 
     for value in (eps, threshold):
-        _check_eps(value)
+        check_threshold(value)
     check_alike(before, after)
     rows = []
     total: list[tuple[Tensor, Tensor]] = []
@@ -334,7 +334,8 @@ def check_position(seen: ModelView, samples: Samples, position: int) -> None:
         )
 
 
-def _check_eps(value: float) -> None:
+def check_threshold(value: float) -> None:
+    """Refuse what is no share of attention."""
     if not 0 <= value < 1:
         raise TomsparseError(f"A threshold of attention lies in [0, 1), not {value}.")
 

@@ -1,0 +1,165 @@
+"""Position effects of edits whose effect is known, and against the single measures made one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_edit import a_mask
+from test_rotary import some_samples
+
+import tl_tomsparse as tt
+from tl_tomsparse.models import load_model
+
+OPTIONS: dict[str, Any] = {"n_random": 3, "n_draws": 200, "eps": 0.2, "show_progress": False}
+
+
+def whole(model: Any, layer: int, matrix: str, head: int) -> tt.SparseMask:
+    """Every weight of one head's matrix."""
+    chosen = torch.zeros(a_mask(model).shapes[layer, matrix], dtype=torch.bool)
+    chosen[head] = True
+    return tt.SparseMask.from_bool(model, {(layer, matrix): chosen})
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_an_edit_that_changes_nothing_has_no_effect(backend: Any) -> None:
+    model = tiny.model("llama", backend, dtype=torch.float64)
+    same = tt.SparseEdit.scale(model, a_mask(model), 1.0)
+    found = tt.position_effects(model, some_samples(), {"same": same}, **OPTIONS)
+    assert set(found.summary.measure) == {
+        "sinks_shifted", "attention", "turn", "turn_others", "norm_q", "norm_k",
+    }  # fmt: skip
+    numbers = ["value", "low", "high", "random", "random_low", "random_high", "beyond"]
+    assert (found.summary[numbers].to_numpy() == 0).all()
+    assert (found.summary[["as_high", "as_low"]].to_numpy() == 3).all()
+    assert (found.heads.change == 0).all()
+    assert (found.frequencies.before == found.frequencies.after).all()
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_turned_queries_have_the_supplementary_angle_and_the_same_norms(backend: Any) -> None:
+    model, samples = tiny.model("llama", backend, dtype=torch.float64), some_samples()
+    flipped = tt.SparseEdit.scale(model, whole(model, 1, "Q", 2), -1.0)
+    found = tt.position_effects(model, samples, {"flipped": flipped}, **OPTIONS)
+    heads = found.heads.set_index(["measure", "layer", "head"]).sort_index()
+    for measure in ("angle", "angle_others"):
+        row = heads.loc[measure, 1, 2]
+        assert row.after == pytest.approx(180 - row.before)
+        assert row.low <= row.change <= row.high
+        assert heads.loc[measure, 0].change.abs().max() == 0  # layer 0 is not edited
+        others = heads.loc[measure, 1].drop(index=2)
+        assert others.change.abs().max() == 0
+    assert heads.loc["attention", 1, 2].change != 0
+    assert found.frequencies.after.to_numpy() == pytest.approx(found.frequencies.before.to_numpy())
+    of = found.summary.set_index("measure")
+    assert of.value["norm_q"] == pytest.approx(0, abs=1e-12)
+    assert of.random["norm_q"] > 0.01
+    assert of.as_low["norm_q"] == 0
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_effects_are_those_of_single_measures_made_one_by_one(backend: Any) -> None:
+    model, samples = tiny.model("qwen2", backend, dtype=torch.float64), some_samples()
+    mask = a_mask(model, share=0.05)
+    edit = tt.SparseEdit.zero(model, mask)
+    found = tt.position_effects(model, samples, {"zero": edit}, seed=4, **OPTIONS)
+
+    def measured(of: tt.SparseEdit | None) -> tuple[Any, Any, Any]:
+        def each() -> tuple[Any, Any, Any]:
+            quiet: dict[str, Any] = {"show_progress": False}
+            return (
+                tt.sink_attention(model, samples, **quiet),
+                tt.bos_angles(model, samples, **quiet),
+                tt.frequency_norms(model, samples, **quiet),
+            )
+
+        if of is None:
+            return each()
+        with of.applied(model):
+            return each()
+
+    old = measured(None)
+    sinks = [
+        (layer, head)
+        for layer in range(2)
+        for head in range(4)
+        if float(old[0].attention[layer][:, head].mean()) > 0.2
+    ]
+    assert found.sink_heads == tuple(sinks)
+
+    def by_hand(new: tuple[Any, Any, Any]) -> dict[str, float]:
+        moved = [
+            float(new[0].attention[layer][n, head] - old[0].attention[layer][n, head])
+            for layer, head in sinks
+            for n in range(len(samples))
+        ]
+        turns = [
+            abs(float(new[1].to_sink[layer][n, head]) - 90) - abs(float(old[1].to_sink[layer][n, head]) - 90)
+            for layer, head in sinks
+            for n in range(len(samples))
+        ]
+        norms = []
+        for row in (
+            old[2].dominant().query("part == 'q'").groupby(["layer", "head"]).frequency.agg(list).items()
+        ):
+            (layer, head), chosen = row
+            before, after = (
+                (one[2].squares[layer, "q"][:, head, chosen]).sum(-1).sqrt() for one in (old, new)
+            )
+            norms.append((after / before - 1).abs().mean())
+        each = [
+            (abs(float(b) - float(a)) > 0.01)
+            for layer in range(2)
+            for a, b in zip(old[0].attention[layer].flatten(), new[0].attention[layer].flatten())
+            if float(a) > 0.2
+        ]
+        return {
+            "attention": float(np.mean(moved)),
+            "turn": float(np.mean(turns)),
+            "norm_q": float(np.mean(norms)),
+            "sinks_shifted": float(np.mean(each)),
+        }
+
+    own = by_hand(measured(edit))
+    random = [
+        by_hand(measured(tt.SparseEdit.zero(model, mask.random_like(seed, match="matrix"))))
+        for seed in (4, 5, 6)
+    ]
+    of = found.summary.set_index("measure")
+    for name, value in own.items():
+        assert of.value[name] == pytest.approx(value, abs=1e-9), name
+        drawn = [one[name] for one in random]
+        assert of.random[name] == pytest.approx(np.mean(drawn), abs=1e-9), name
+        assert of.random_low[name] == pytest.approx(min(drawn), abs=1e-9), name
+        assert of.as_high[name] == sum(one >= value - 1e-12 for one in drawn)
+        assert of.beyond[name] == pytest.approx(value - np.mean(drawn), abs=1e-9), name
+
+
+def test_without_rotation_only_sinks_are_measured() -> None:
+    model = load_model(families.directory("GPT-2"), device="cpu")
+    edit = tt.SparseEdit.zero(model, a_mask(model, share=0.05))
+    found = tt.position_effects(model, some_samples(), {"zero": edit}, **{**OPTIONS, "eps": 0.05})
+    assert set(found.summary.measure) == {"sinks_shifted", "attention"}
+    assert set(found.heads.measure) == {"attention"}
+    for frame in (found.frequencies, found.by_frequency, found.shares, found.ranks):
+        assert frame.empty
+    assert found.before.angles is None
+    assert found.before.norms is None
+
+
+def test_weights_come_back_and_what_cannot_be_measured_is_refused() -> None:
+    model, samples = tiny.model("llama"), some_samples()
+    edit = tt.SparseEdit.mean(model, a_mask(model))
+    before = [parameter.clone() for parameter in model.parameters()]
+    tt.position_effects(model, samples, {"mean": edit}, **OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    with pytest.raises(tt.TomsparseError, match="edits is empty"):
+        tt.position_effects(model, samples, {}, **OPTIONS)
+    with pytest.raises(tt.TomsparseError, match="has no rule of its own"):
+        tt.position_effects(model, samples, {"back": edit.inverse}, **OPTIONS)
+    with edit.applied(model), pytest.raises(tt.TomsparseError, match="active edit"):
+        tt.position_effects(model, samples, {"mean": edit}, **OPTIONS)
