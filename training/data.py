@@ -72,8 +72,8 @@ class Stage:
     presence: int = 0  # questions about who is there, in each transfer story
     variety: float = 0.0  # chance of each kind of change to the words of a story (`variety`)
     other_names: tuple[float, float] = (
-        0.4,
-        0.08,
+        0.35,
+        0.2,
     )  # chances that a story's names are others, and invented ones
 
 
@@ -182,7 +182,7 @@ class Rows:
         n = 2 + draw.below(7)
         names, parts, asked = draw.sample(ALL_NAMES, n), [], []
         kind = draw.below(4)
-        if kind in (1, 2) and draw.coin(0.15):
+        if kind != 0 and draw.coin(0.3):
             names = [invented(draw) for _ in names]
         if kind == 0:
             for name, thing in zip(names, draw.sample(THINGS, n)):
