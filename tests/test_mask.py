@@ -14,6 +14,7 @@ from tl_tomsparse import _draws, _select
 from tl_tomsparse._channels import channels, flat_index, n_channels
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import MATRICES, Key, ModelIdentity, view
+from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import rank_entries, top_fraction
 
@@ -281,6 +282,53 @@ def test_random_masks_match_what_they_say(share: float) -> None:
                 assert torch.equal(before, after)
     assert mask.random_like(3) == mask.random_like(3) != mask.random_like(4)
     assert mask.random_like(0, match="row") != mask.random_like(0, match="column")
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+@pytest.mark.parametrize("match", ["pair", "magnitude", "change"])
+def test_random_masks_keep_pairs_and_sizes(kind: str, match: Any) -> None:
+    model = tiny.model(kind)
+    weights = {key: view(model).weight(key).double() for key in view(model).keys(("Q", "K"))}
+    generator = torch.Generator().manual_seed(0)
+    chosen = {key: torch.rand(w.shape, generator=generator) < 0.1 for key, w in weights.items()}
+    mask = SparseMask.from_bool(model, chosen)
+    seen = [mask.random_like(seed, match=match, model=model) for seed in range(3)]
+    assert seen[0] == mask.random_like(0, match=match, model=model) != seen[1]
+    assert not any(mask == drawn for drawn in seen)
+    for key, w in weights.items():
+        heads, d_model, d_head = w.shape
+        if match == "pair":  # of rotate-half; NeoX turns the first half of a head and leaves the rest
+            turned = d_head if kind == "llama" else d_head // 2
+            pair = [d % (turned // 2) if d < turned else turned for d in range(d_head)]
+            classes = [
+                100 * head + pair[d] for head in range(heads) for _ in range(d_model) for d in range(d_head)
+            ]
+        else:
+            size = (w - (w.mean() if match == "change" else 0.0)).abs().flatten().tolist()
+            ranked = sorted(range(len(size)), key=lambda i: -size[i])
+            classes = [0] * len(size)
+            for rank, i in enumerate(ranked):
+                while not 2 ** (classes[i] / 2) <= 1 + rank / 32 < 2 ** ((classes[i] + 1) / 2):
+                    classes[i] += 1
+        expected = sorted(classes[i] for i in mask.entries[key].tolist())
+        for drawn in seen:
+            assert sorted(classes[i] for i in drawn.entries[key].tolist()) == expected
+
+
+def test_random_masks_that_look_at_weights_refuse_what_they_cannot_look_at() -> None:
+    model = tiny.model("llama")
+    keys = view(model).keys(("Q", "V"))
+    mask = SparseMask.from_bool(model, {key: view(model).weight(key) > 0.5 for key in keys})
+    with pytest.raises(TomsparseError, match=r"pass model="):
+        mask.random_like(0, match="magnitude")
+    with pytest.raises(TomsparseError, match=r"matrix V of layer 0 has not \(only Q and K are rotated\)"):
+        mask.random_like(0, match="pair", model=model)
+    assert len(mask.random_like(0, match="change", model=model)) == len(mask)
+    with pytest.raises(TomsparseError, match="The mask"):
+        mask.random_like(0, match="change", model=tiny.model("neox"))
+    edit = SparseEdit.zero(model, mask)
+    with edit.applied(model), pytest.raises(TomsparseError, match="before the `with` block"):
+        mask.random_like(0, match="change", model=model)
 
 
 def test_random_masks_have_the_same_entries_everywhere_and_always() -> None:

@@ -26,15 +26,14 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
-from tl_tomsparse._channels import channels, flat_index, n_channels, name, order
+from tl_tomsparse._channels import name, order
 from tl_tomsparse._checks import TomsparseError, check_choice, check_same_weights
-from tl_tomsparse._draws import distinct, stream
 from tl_tomsparse._model import MATRICES, Key, ModelIdentity, view
+from tl_tomsparse._random_masks import NEED_MODEL, Match, draw_entries
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Match = Literal["matrix", "total", "row", "column"]
 By = Literal["layer", "head", "matrix"]
 
 _KIND = "tomsparse.mask"
@@ -146,7 +145,7 @@ class SparseMask:
             }
         return SparseMask(self.identity, shapes, entries)
 
-    def random_like(self, seed: int, *, match: Match = "matrix") -> SparseMask:
+    def random_like(self, seed: int, *, match: Match = "matrix", model: Any = None) -> SparseMask:
         """A random mask of the same size: the placebo. The same on every platform.
 
         Args:
@@ -158,21 +157,30 @@ class SparseMask:
                 Q, K, V, gate and in, (head, d_head) for O, d_mlp for out.
                 "column": the number at each output channel; outputs are (head, d_head) for Q, K, V, d_mlp for
                 gate and in, d_model for O and out.
+                "pair": the number at each rotary pair of each head; for Q and K of layers with a rotation.
+                "magnitude": the number at entries of about the same |W| (ranks within a factor of sqrt(2)).
+                "change": the number at entries of about the same |W - mean of the matrix|, which the edit
+                "mean" changes by as much.
+            model: the one that the mask was made from; for "pair", "magnitude" and "change" only.
 
         Raises:
-            TomsparseError: an unknown match, or a seed that is not a whole number from 0.
+            TomsparseError: an unknown match, or a seed that is not a whole number from 0; for "pair",
+                "magnitude" and "change" no model, one with other weights or with an active edit; for "pair"
+                entries in a matrix that is not rotated.
         """
         check_choice("match", match, get_args(Match))
-        if match == "total":
-            return self._random_total(seed)
-        entries = {}
-        for key, index in self.entries.items():
-            bits = stream(seed, get_args(Match).index(match), *order(key))
-            if match == "matrix":
-                entries[key] = torch.from_numpy(distinct(bits, prod(self.shapes[key]), len(index)))
-            else:
-                entries[key] = _random_channels(bits, key, self.shapes[key], index, match)
-        return SparseMask(self.identity, self.shapes, entries)
+        if match in NEED_MODEL:
+            if model is None:
+                raise TomsparseError(f"match={match!r} looks at the weights; pass model=.")
+            check_same_weights("The mask", self.identity, "the model", view(model).identity())
+            if view(model).active_edits:
+                raise TomsparseError(
+                    f"match={match!r} looks at unedited weights; make the mask before the `with` block of the "
+                    "edit."
+                )
+        return SparseMask(
+            self.identity, self.shapes, draw_entries(self.entries, self.shapes, seed, match, model)
+        )
 
     # ---- other forms
 
@@ -329,32 +337,6 @@ class SparseMask:
         none = torch.empty(0, dtype=torch.int64)
         entries = {key: how(self.entries.get(key, none), other.entries.get(key, none)) for key in shapes}
         return SparseMask(self.identity, shapes, entries)
-
-    def _random_total(self, seed: int) -> SparseMask:
-        ends = np.cumsum([prod(shape) for shape in self.shapes.values()])
-        chosen = distinct(
-            stream(seed, get_args(Match).index("total")), int(ends[-1]) if len(ends) else 0, len(self)
-        )
-        parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-        starts = np.concatenate([[0], ends[:-1]])
-        entries = {
-            key: torch.from_numpy(part - start) for key, part, start in zip(self.shapes, parts, starts)
-        }
-        return SparseMask(self.identity, self.shapes, entries)
-
-
-def _random_channels(
-    bits: np.random.PCG64, key: Key, shape: tuple[int, ...], index: Tensor, match: Match
-) -> Int64[Tensor, " k"]:
-    """Entries of one matrix with the given counts at each input ("row") or output ("column") channel."""
-    inputs, outputs = channels(key, shape, index)
-    n_inputs, n_outputs = n_channels(key, shape)
-    kept, others = (inputs, n_outputs) if match == "row" else (outputs, n_inputs)
-    places, counts = kept.unique(return_counts=True)
-    drawn = [distinct(bits, others, count) for count in counts.tolist()]
-    free = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *drawn]))
-    fixed = places.repeat_interleave(counts)
-    return flat_index(key, shape, *((fixed, free) if match == "row" else (free, fixed)))
 
 
 def _heads_of(heads: Collection[int | tuple[int, int]], layer: int) -> Int64[Tensor, " k"]:
