@@ -327,7 +327,7 @@ def test_random_masks_that_look_at_weights_refuse_what_they_cannot_look_at() -> 
     with pytest.raises(TomsparseError, match="The mask"):
         mask.random_like(0, match="change", model=tiny.model("neox"))
     edit = SparseEdit.zero(model, mask)
-    with edit.applied(model), pytest.raises(TomsparseError, match="before the `with` block"):
+    with edit.applied(model), pytest.raises(TomsparseError, match="before the `with` block of the edit"):
         mask.random_like(0, match="change", model=model)
 
 

@@ -10,6 +10,7 @@ from .effect import Effect, effect
 from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_frequencies
 from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
+from .loss_change import LossChange, loss_change
 from .mask import SparseMask
 from .models import load_model
 from .position import Position, PositionEffects, position_effects
@@ -19,7 +20,16 @@ from .samples import Samples, story_samples, text_samples
 from .self_check import SelfCheck, self_check
 from .sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
 from .sink import BosAngles, SinkAttention, bos_angles, sink_attention, sink_shift
-from .stories import Question, Story, generate_stories, generate_texts, read_jsonl, write_jsonl
+from .stories import (
+    Question,
+    Story,
+    generate_stories,
+    generate_texts,
+    read_jsonl,
+    relabelled,
+    write_jsonl,
+)
+from .tune import Tuned, tune
 from .verdict import Claim, verdict
 
 __version__ = "0.1.0"
@@ -36,6 +46,7 @@ __all__ = [
     "generate_texts",
     "read_jsonl",
     "write_jsonl",
+    "relabelled",
     # samples
     "Samples",
     "story_samples",
@@ -51,6 +62,10 @@ __all__ = [
     "top_fraction",
     # edits
     "SparseEdit",
+    "LossChange",
+    "loss_change",
+    "Tuned",
+    "tune",
     # answers and text
     "StoryScores",
     "Perplexity",

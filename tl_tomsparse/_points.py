@@ -1,7 +1,7 @@
 """One point of an experiment: what a model answers, and what text costs it, under one mask.
 
-    point = (model, operator, entries of the mask, questions, text) -> (chosen option and margin of each
-    question, NLL of each sample)
+    point = (model, entries and their new values or the operator, questions, text) -> (chosen option and
+    margin of each question, NLL of each sample)
 
 A point's key is a digest of exactly that, so a point that was measured before (a mask that two arms share,
 an interrupted run) is recognised by its content and never by its place in a sweep. Measures turn right and
@@ -87,13 +87,15 @@ class PointMeter:
         self._records: dict[str, Mapping[str, Any]] = {str(record["key"]): record for record in resume}
         self._points: dict[str, Point] = {}
 
-    def measure(self, mask: SparseMask | None, label: str) -> Point:
-        """The point of a mask (None: the unedited model); `label` names it in errors."""
-        key = self._key(mask)
+    def measure(self, what: SparseMask | SparseEdit | None, label: str) -> Point:
+        """The point of a mask under the operator, or of an edit (None: the unedited model); `label` names it
+        in errors.
+        """
+        key = self._key(what)
         if key not in self._points:
             if key not in self._records:
                 try:
-                    self._records[key] = self._record(key, mask)
+                    self._records[key] = self._record(key, what)
                 except TomsparseError as error:
                     raise TomsparseError(f"At {label}: {error}") from error
                 if self._on_point is not None:
@@ -101,12 +103,13 @@ class PointMeter:
             self._points[key] = _read(self._records[key])
         return self._points[key]
 
-    def _record(self, key: str, mask: SparseMask | None) -> PointRecord:
-        if mask is None or not len(mask):
+    def _record(self, key: str, what: SparseMask | SparseEdit | None) -> PointRecord:
+        if what is None or not len(what):
             outcome, nll = self.scoring.outcome(self.model), self.text.nll(self.model)
         else:
-            make = SparseEdit.mean if self.operator == "mean" else SparseEdit.zero
-            with make(self.model, mask).applied(self.model):
+            if isinstance(what, SparseMask):
+                what = (SparseEdit.mean if self.operator == "mean" else SparseEdit.zero)(self.model, what)
+            with what.applied(self.model):
                 outcome, nll = self.scoring.outcome(self.model), self.text.nll(self.model)
         return {
             "key": key,
@@ -115,13 +118,17 @@ class PointMeter:
             "nll": [float(f"{value:.{_DIGITS}g}") for value in nll],
         }
 
-    def _key(self, mask: SparseMask | None) -> str:
+    def _key(self, what: SparseMask | SparseEdit | None) -> str:
         digest = hashlib.blake2b(self._base.encode(), digest_size=16)
-        if mask is not None and len(mask):
-            digest.update(self.operator.encode())
+        if what is not None and len(what):
+            mask = what if isinstance(what, SparseMask) else what.mask
+            if isinstance(what, SparseMask):
+                digest.update(self.operator.encode())
             for key in sorted(key for key, index in mask.entries.items() if len(index)):
                 digest.update(f"{key} {len(mask.entries[key])}".encode())
                 digest.update(mask.entries[key].cpu().numpy().astype("<i8").tobytes())
+                if isinstance(what, SparseEdit):
+                    digest.update(what.after[key].double().numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +29,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_tomsparse._additive import additive_hooks
 from tl_tomsparse._applied import Applied, Entries
-from tl_tomsparse._channels import channels, name, order, place
+from tl_tomsparse._channels import name, order, place
 from tl_tomsparse._checks import TomsparseError, check_same_weights
 from tl_tomsparse._draws import below, stream
-from tl_tomsparse._model import Hook, Key, ModelIdentity, ModelView, view
+from tl_tomsparse._model import Hook, Key, ModelIdentity, view
 from tl_tomsparse.mask import SparseMask
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_NONE = torch.empty(0, dtype=torch.int64)
 Values = Callable[[Key, Tensor, Tensor, Tensor], Tensor]
 """New values from (key, live weight in canonical shape, flat indices, old values)."""
 
@@ -175,6 +176,21 @@ class SparseEdit:
 
     # ---- algebra
 
+    def restrict(self, mask: SparseMask) -> SparseEdit:
+        """The part of this edit on the entries that are in `mask` too, with the same new values.
+
+        Raises:
+            TomsparseError: the mask is of other weights.
+        """
+        common = self.mask & mask
+        kept = {
+            key: torch.isin(self.mask.entries[key], common.entries.get(key, _NONE)) for key in self.before
+        }
+        before = {key: self.before[key][keep] for key, keep in kept.items() if bool(keep.any())}
+        after = {key: self.after[key][kept[key]] for key in before}
+        part = SparseMask(self.identity, self.mask.shapes, dict(common.entries))
+        return SparseEdit(part, MappingProxyType(before), MappingProxyType(after), f"part of {self.operator}")
+
     @property
     def inverse(self) -> SparseEdit:
         """The edit that takes this one back: applied where this one is active, it gives the old values."""
@@ -225,7 +241,7 @@ class SparseEdit:
         """
         return Applied(self, model)
 
-    def hooks(self, model: Any) -> list[Hook]:
+    def hooks(self, model: Any, *, strength: float = 1.0) -> list[Hook]:
         """The edit as forward hooks for `model.run_with_hooks` or `model.hooks`; no weight is written.
 
         They add the input of each product, gathered at the entries' rows, times the change of the weights, in
@@ -236,6 +252,7 @@ class SparseEdit:
 
         Args:
             model: with the weights that the edit was made from.
+            strength: how much of the change: 0 none, 1 all, 2 twice.
 
         Returns:
             (name of a hook point, function) pairs.
@@ -248,39 +265,12 @@ class SparseEdit:
         check_same_weights("The edit", self.identity, "the model", seen.identity())
         for key in self.before:
             Entries.read(seen, key, self.mask.entries[key], self.before[key])
-        inputs: dict[Key, Tensor] = {}
+        return additive_hooks(seen, self.mask, self.changes, strength)
 
-        def store(keys: tuple[Key, ...], x: Tensor) -> None:
-            inputs.update(dict.fromkeys(keys, x))
-
-        additions = [
-            (seen.output_hook(key), partial(self._addition(key, seen), inputs)) for key in self.before
-        ]
-        return [*seen.input_hooks(self.before, store), *additions]
-
-    def _addition(self, key: Key, seen: ModelView) -> Callable[..., Tensor]:
-        """A hook that takes the stored input of a matrix and returns its changed output."""
-        rows, columns = channels(key, self.mask.shapes[key], self.mask.entries[key])
-        rows, row = rows.unique(return_inverse=True)
-        columns, column = columns.unique(return_inverse=True)
-        change = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-        change[row, column] = self.after[key].double() - self.before[key].double()
-        exact = torch.float64 if seen.dtype == torch.float64 else torch.float32
-        change = change.to(exact).to(seen.device)
-        rows, columns = rows.to(seen.device), columns.to(seen.device)
-
-        def add(inputs: dict[Key, Tensor], y: Tensor, hook: Any) -> Tensor:
-            del hook
-            if key not in inputs:
-                raise TomsparseError(
-                    f"The input of {name(key)} was not seen before its output; use all of the edit's hooks "
-                    "together."
-                )
-            x = inputs.pop(key).flatten(2)  # popped, so that no graph is kept alive
-            change_of_y = x.index_select(2, rows).to(exact) @ change
-            return y.flatten(2).to(exact).index_add(2, columns, change_of_y).to(y.dtype).view_as(y)
-
-        return add
+    @property
+    def changes(self) -> dict[Key, Float[Tensor, " _"]]:
+        """For each (layer, matrix) with entries `after - before`, float64."""
+        return {key: self.after[key].double() - self.before[key].double() for key in self.before}
 
     # ---- other forms
 

@@ -175,8 +175,8 @@ class SparseMask:
             check_same_weights("The mask", self.identity, "the model", view(model).identity())
             if view(model).active_edits:
                 raise TomsparseError(
-                    f"match={match!r} looks at unedited weights; make the mask before the `with` block of the "
-                    "edit."
+                    f"match={match!r} looks at unedited weights; make the mask before the `with` block of "
+                    "the edit."
                 )
         return SparseMask(
             self.identity, self.shapes, draw_entries(self.entries, self.shapes, seed, match, model)

@@ -371,7 +371,7 @@ def fisher_diagonal(
         for index, rows in enumerate(batches[done:], start=done + 1):
             batch = samples[rows]
             fisher.row_names = batch.ids
-            _loss(read, batch).backward()
+            row_losses(read, batch).sum().backward()
             bar.update(len(batch))
             progress.save(index, last=index == len(batches))
     meta: dict[str, Any] = {"bos": samples.bos, "supervise": samples.supervise}
@@ -379,15 +379,16 @@ def fisher_diagonal(
     return fisher.result(meta)
 
 
-def _loss(read: Reader, batch: Samples) -> Tensor:
-    """The sum over rows of the mean negative log-probability, in nats, of their supervised tokens."""
+def row_losses(read: Reader, batch: Samples) -> Float[Tensor, " batch"]:
+    """For each row the mean negative log-probability, in nats, of its supervised tokens."""
     # Position p is predicted from p - 1, so nothing is read from the last one.
     where = batch.supervised[:, 1:]
     logits = read(batch.tokens[:, :-1], batch.attention_mask[:, :-1], where)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = batch.tokens[:, 1:][where].to(logits.device)
-    counts = where.sum(1, keepdim=True).expand(where.shape)[where].to(logits)
-    return (nn.functional.cross_entropy(logits, targets, reduction="none") / counts).sum()
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    row = where.nonzero()[:, 0].to(logits.device)
+    return losses.new_zeros(len(where)).index_add(0, row, losses) / where.sum(1).to(logits)
 
 
 class _Progress:
