@@ -19,7 +19,17 @@ from .samples import Samples, story_samples, text_samples
 from .self_check import SelfCheck, self_check
 from .sensitivity import FisherAccumulator, Sensitivity, fisher_diagonal
 from .sink import BosAngles, SinkAttention, bos_angles, sink_attention, sink_shift
-from .stories import Question, Story, generate_stories, generate_texts, read_jsonl, write_jsonl
+from .stories import (
+    Question,
+    Story,
+    from_dataset,
+    generate_stories,
+    generate_texts,
+    read_benchmark,
+    read_jsonl,
+    to_dataset,
+    write_jsonl,
+)
 from .verdict import Claim, verdict
 
 __version__ = "0.1.0"
@@ -36,6 +46,9 @@ __all__ = [
     "generate_texts",
     "read_jsonl",
     "write_jsonl",
+    "from_dataset",
+    "to_dataset",
+    "read_benchmark",
     # samples
     "Samples",
     "story_samples",

@@ -36,7 +36,7 @@ from tl_tomsparse._prepared import (
     prepare_text,
 )
 from tl_tomsparse.samples import Samples
-from tl_tomsparse.stories.story import CATEGORIES, Category, Form, Story
+from tl_tomsparse.stories.story import ALL_CATEGORIES, Category, Form, Story
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,7 +131,7 @@ def _proportions(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         names = dict(zip(keys, values if isinstance(values, tuple) else (values,)))
         rows.append({**names, "n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high,
                      "chance": float(group.chance.mean())})  # fmt: skip
-    usual = {name: place for place, name in enumerate((*CATEGORIES, *PAIRED_SUBSETS))}
+    usual = {name: place for place, name in enumerate((*ALL_CATEGORIES, *PAIRED_SUBSETS))}
     *by, last = keys  # a condition may be named as a category is, so only the last key has the usual order
     rows.sort(key=lambda row: (*(row[key] for key in by), usual[row[last]]))
     return pd.DataFrame(rows, columns=[*keys, "n", "correct", "accuracy", "low", "high", "chance"])

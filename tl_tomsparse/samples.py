@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError, check_choice, check_positive
 from tl_tomsparse._model import ModelView, view
-from tl_tomsparse.stories.story import CATEGORIES, Story
+from tl_tomsparse.stories.story import ALL_CATEGORIES, Story
 
 Supervise = Literal["answer", "last_token"]
 
@@ -149,7 +149,7 @@ def story_samples(
         model: whose tokenizer reads the text.
         stories: any number; ids of samples are the story's id and the question's index.
         categories: of questions, any of "false_belief" (alone by default), "true_belief", "reality",
-            "memory", "second_order".
+            "memory", "second_order", "false_photograph", "true_photograph", "other".
         supervise: "answer" puts the loss on the answer's tokens. "last_token" leaves the answer away and puts
             it on the prompt's own last token, as the paper's released calibration file does (paper parity).
         prepend_bos: begin each row with the BOS token; False for models without one, and for paper parity.
@@ -164,7 +164,7 @@ def story_samples(
     """
     check_choice("supervise", supervise, ("answer", "last_token"))
     stories = check_stories(stories)
-    chosen = _names("categories", ("false_belief",) if categories is None else categories, CATEGORIES)
+    chosen = _names("categories", ("false_belief",) if categories is None else categories, ALL_CATEGORIES)
     forms = _names(
         "forms", ("completion", "question") if forms is None else forms, ("completion", "question")
     )
