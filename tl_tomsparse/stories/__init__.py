@@ -4,6 +4,7 @@ from .benchmarks import read_benchmark
 from .formats import from_dataset, read_jsonl, to_dataset, write_jsonl
 from .general import generate_texts
 from .generate import generate_stories
+from .photographs import generate_photographs
 from .story import ALL_CATEGORIES, CATEGORIES, Question, Story
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Question",
     "Story",
     "from_dataset",
+    "generate_photographs",
     "generate_stories",
     "generate_texts",
     "read_benchmark",
