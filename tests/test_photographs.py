@@ -1,4 +1,4 @@
-"""Stories about pictures: what they show against a reading of the text, no shortcut, both pictures together."""
+"""Stories about pictures: what they show against a reading of the text; no shortcut; both right together."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PICTURE = re.compile(r"\b(photo|map|picture|drawing) of the")
 
 
 def read(story):
-    """What each picture shows, by going through the sentences: without distractors all but the pictures come in
-    a fixed order.
+    """What each picture shows, by going through the sentences: without distractors the last that is not about
+    a picture is the move, or what is done instead.
     """
     first, after = story.questions[1].answer, story.questions[0].answer
     place, shown = first, {}
     plain = [s for s in re.split(r"(?<=\.) ", story.text) if not PICTURE.search(s)]
-    moved = plain[-1]  # or what is done instead
+    moved = plain[-1]
     for sentence in re.split(r"(?<=\.) ", story.text):
         if match := PICTURE.search(sentence):
             shown[match[1]] = place

@@ -107,7 +107,7 @@ class StoryScores:
         return _proportions(pd.concat(parts, ignore_index=True), [*by, "subset"])
 
     def paired_stories(self, kind: Literal["belief", "photograph"] = "belief") -> pd.DataFrame:
-        """One row a story with a first-order question of a kind: correct (all of them), tells_apart, chance."""
+        """One row a story with a first-order question of a kind: correct (all of it), tells_apart, chance."""
         about = ["story_id", "group", "scenario", "condition", "protagonist", "split", "wording"]
         asked = self.frame[(self.frame.kind == kind) & (self.frame.order == 1)]
         agents = asked.drop_duplicates(["story_id", "agents"])

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .._checks import TomsparseError, check_choice, check_positive
-from .generate import FORMS
+from .generate import FORMS, as_story
 from .lexicon import PLACES, ROOMS, THINGS, Draw, check_split, split_of
 from .logic import State, change, learn, update
 from .scenarios import Scene, draw_people
@@ -94,20 +94,7 @@ def generate_photographs(
             scene.question("memory", form=draw.choice(forms)),
             *(_question(scene, picture, draw.choice(forms)) for picture in draw.shuffled(pictures)),
         )
-        stories.append(
-            Story(
-                id=f"{prefix}{i:05d}",
-                scenario=scene.scenario,
-                condition=scene.condition,
-                protagonist=scene.protagonist,
-                split=split,
-                wording=wording,
-                text=" ".join(scene.sentences),
-                agents=tuple(scene.agents),
-                questions=questions,
-                group=f"{prefix}{i - i % 2:05d}",
-            )
-        )
+        stories.append(as_story(scene, questions, prefix, i, split))
     return stories
 
 

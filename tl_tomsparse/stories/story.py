@@ -56,7 +56,7 @@ class Question:
 
     @property
     def order(self) -> int:
-        """The order of belief: 1 for "A thinks", 2 for "A thinks that B thinks", 1 also for a picture, else 0."""
+        """The order of belief: 1 for "A thinks" (and a picture), 2 for "A thinks that B thinks", else 0."""
         return len(self.agents)
 
     @property
