@@ -235,7 +235,7 @@ def text_samples(
     check_positive("stride", step)
     stream: list[int] = []
     for index, text in enumerate(texts):
-        tokens = _encode(model_view, text)
+        tokens = encode(model_view, text)
         _check_single_bos(start, tokens, f"text {index}")
         stream += tokens
     offsets = np.arange(0, len(stream) - body + 1, step)
@@ -284,8 +284,8 @@ def option_tokens(
     if not all(option.strip() for option in options):
         raise TomsparseError(f"{name}: an option is empty.")
     start = _bos(model_view, prepend_bos)
-    whole = [_encode(model_view, f"{prompt} {option}") for option in options]
-    common = _encode(model_view, prompt)
+    whole = [encode(model_view, f"{prompt} {option}") for option in options]
+    common = encode(model_view, prompt)
     _check_single_bos(start, common, name)
     for tokens in whole:
         same = next(
@@ -358,7 +358,8 @@ def _check_single_bos(start: list[int], tokens: list[int], name: str) -> None:
         )
 
 
-def _encode(model_view: ModelView, text: str) -> list[int]:
+def encode(model_view: ModelView, text: str) -> list[int]:
+    """The tokens of a text, without special ones."""
     # verbose=False: whole books are tokenised here, and the warning about the context would be wrong.
     return list(model_view.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
