@@ -61,7 +61,7 @@ HITOM = [
     hitom_item(0, "Where is the pear really?", "tin"),
     hitom_item(1, "Where does Ida really think the pear is?", "red_box"),
     hitom_item(1, "Where does Jo really think the pear is?", "tin", prompting_type="CoTP", story=_TOLD),
-    hitom_item(0, "Where is the pear really?", "tin", prompting_type="CoTP", story=_TOLD),
+    hitom_item(0, "Where is the pear really?", "tin", story=_TOLD, choices="A. tin, B. blue_bag, C. red_box"),
     hitom_item(2, "Where does Jo think Ida thinks the pear is?", "red_box"),
     hitom_item(3, "Where does Jo think Ida thinks Kai thinks the pear is?", "red_box"),
 ]
@@ -338,6 +338,29 @@ def test_they_are_scored_and_sampled_like_generated_stories(files):
         samples = tt.story_samples(model, stories)
         assert len(samples) == sum(row[0] == "false_belief" for row in about(stories))
         assert scores.frame.group.nunique() == len({story.group or story.id for story in stories})
+
+
+def test_a_sweep_and_an_effect_take_them(files):
+    model = tt.load_model(tiny.long_directory(), device="cpu")
+    samples = tt.story_samples(model, [tiny.story(i) for i in range(3)])
+    general = tt.text_samples(model, tt.generate_texts(8), n=4, length=32)
+    tom, other = (tt.fisher_diagonal(model, some, show_progress=False) for some in (samples, general))
+    dev = [s for name in files for s in tt.read_benchmark(files[name], name, split="dev")]
+    sweep = tt.kappa_sweep(
+        model, tom, other, dev_stories=dev, dev_text=general, kappas=(0.1,), n_random=1, show_progress=False
+    )
+    assert sweep.n["other"] == 1
+    assert sweep.frame.other.notna().all()
+    test = [s for name in files for s in tt.read_benchmark(files[name], name)]
+    masks = tt.arm_masks(tom, other, 0.1)
+    found = tt.effect(model, masks, stories=test, text=general, n_random=1, n_draws=50, show_progress=False)
+    before = found.accuracy[found.accuracy.arm == "before"].set_index("measure")
+    scores = tt.score_stories(model, test, show_progress=False)
+    for row in scores.accuracy().itertuples():
+        assert (before.n[row.category], before.accuracy[row.category]) == (row.n, row.accuracy)
+    tt.plot.accuracy(found)
+    with pytest.raises(TomsparseError, match="split 'dev'"):
+        tt.effect(model, masks, stories=dev, text=general, n_random=1)
 
 
 def test_options_that_are_sentences_are_scored_exactly(files):

@@ -120,7 +120,7 @@ def _hitom_story(
     source: Source, name: str, text: str, asked: list[tuple[str, Mapping[str, Any]]], cure: str
 ) -> Story:
     real = {_thing(item): item["answer"] for _, item in asked if item["question_order"] == 0}
-    questions: list[Question] = []
+    questions: dict[tuple[str, str, frozenset[str]], Question] = {}
     for where, item in asked:
         order, words, answer = item["question_order"], item["question"], item["answer"]
         # "A. blue_box, B. red_crate": a choice ends where the next letter begins
@@ -139,11 +139,10 @@ def _hitom_story(
         kind: Kind = "belief" if order else "reality"
         true = answer == real[_thing(item)] if order == 1 else None
         question = source.question(kind, agents, words, options, options.index(answer), true)
-        if question not in questions:
-            questions.append(question)
+        questions.setdefault((words, answer, frozenset(options)), question)
     first = asked[0][1]
     condition = "deception" if first["deception"] else "no_deception"
-    return source.story(name, f"length_{first['story_length']}", condition, text, tuple(questions))
+    return source.story(name, f"length_{first['story_length']}", condition, text, tuple(questions.values()))
 
 
 def _thing(item: Mapping[str, Any]) -> str:
