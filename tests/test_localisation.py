@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 import tl_tomsparse as tt
 from tests import tiny
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse.localisation import auto_distances
+from tl_tomsparse.localisation import _other_keys, auto_distances
+from tl_tomsparse.stories.lexicon import Draw
 
 DISTANCES = (64, 200, 700)
 
@@ -100,6 +101,17 @@ def test_items_are_the_same_at_every_distance_and_seeded(model, facts):
     assert facts[:40] == tt.key_value_stories(model, 40, distances=(64,))
     assert facts[0] != tt.key_value_stories(model, 1, distances=(64,), seed=1)[0]
     assert len({story.id for story in facts}) == len(facts)
+
+
+def test_names_and_things_come_to_an_end():
+    keys = _other_keys(Draw(1), "Anna", "ball")
+    listed = [next(keys) for _ in range(3000)]
+    seen = set(listed)
+    assert len(seen) == len(listed)
+    with pytest.raises(TomsparseError, match="not enough names and things"):
+        list(keys)
+    assert not {"Anna"} & {name for name, _ in seen}
+    assert not {"ball", "orange"} & {thing for _, thing in seen}
 
 
 def test_distances_by_themselves(model):

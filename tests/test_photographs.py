@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
+import tl_tomsparse as tt
+from tests import tiny
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse.evaluate import StoryScores
 from tl_tomsparse.stories import generate_photographs
@@ -93,6 +95,16 @@ def test_both_pictures_of_a_story_cannot_be_right_by_a_rule():
     right = scores(stories, lambda s, q: q.answer).paired(kind="photograph")
     assert (right.accuracy == 1).all()
     assert scores(stories, lambda s, q: q.answer).paired().empty
+
+
+def test_they_can_be_sampled_by_category():
+    model = tt.load_model(tiny.long_directory(), device="cpu")
+    stories = generate_photographs(12, seed=1)
+    for category in ("false_photograph", "true_photograph"):
+        asked = [q for story in stories for q in story.questions if q.category == category]
+        samples = tt.story_samples(model, stories, categories=[category])
+        texts = [model.tokenizer.decode(row[mask]) for row, mask in zip(samples.tokens, samples.supervised)]
+        assert [text.strip() for text in texts] == [q.answer for q in asked]
 
 
 def test_twins_and_seeds():

@@ -165,6 +165,11 @@ def _other_keys(draw: Draw, name: str, thing: str) -> Iterator[tuple[str, str]]:
     things = [other for other in _THINGS if other != thing]
     used: set[tuple[str, str]] = set()
     for i in count():
+        if 2 * len(used) > len(names) * len(things):
+            raise TomsparseError(
+                f"There are not enough names and things for a text of {len(used)} facts; ask for shorter "
+                "distances."
+            )
         key = names[i % len(names)], draw.choice(things)
         if key not in used:
             used.add(key)

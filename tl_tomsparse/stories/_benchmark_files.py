@@ -17,14 +17,7 @@ _NUMBERED = re.compile(r"(\d+) (.+)")
 
 
 def bigtom(source: Source) -> list[Story]:
-    """Each row gives ten stories of one question, one group.
-
-    Scenario "forward_belief" asks what the agent believes and "forward_action" what the agent will do, in
-    four conditions: "true_belief" (sees what happens), "false_belief" (does not), and "true_control" and
-    "false_control" (something irrelevant happens instead, seen or not: what was believed is still so).
-    "backward_belief" tells the action and asks for the belief, in the first two conditions. All are
-    first-order beliefs, false in the condition "false_belief" only. The desire questions are not read.
-    """
+    """Fields separated by ";", no header."""
     stories: list[Story] = []
     reader = csv.reader(io.StringIO(source.text()), delimiter=";", strict=True)
     try:
@@ -88,12 +81,7 @@ def _bigtom_row(source: Source, line: int, row: list[str], number: int) -> Itera
 
 
 def hitom(source: Source) -> list[Story]:
-    """Questions of order 0 are reality, of order 1 beliefs, of order 2 to 4 second-order beliefs.
-
-    The numbers before sentences, and the instruction above some stories, are left away; a question that both
-    prompting types ask alike is read once. Scenario "length_1" to "length_3" is the number of chapters,
-    condition "deception" or "no_deception".
-    """
+    """One JSON, {"data": [...]}."""
     cure = "give Hi-ToM_data.json as published, or name the layout that the file has"
     try:
         items = json.loads(source.text())
@@ -163,12 +151,7 @@ _TOMI: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 
 
 def tomi(source: Source) -> list[Story]:
-    """Questions about reality, memory, first- and second-order belief, by their wording.
-
-    The options are the containers that held the thing, reality is the last of them. The condition is the
-    story type of the `.trace` file, and without one "false_belief" where a first-order answer is not reality,
-    else "true_belief".
-    """
+    """Numbered lines; a story ends in a question."""
     blocks = list(_tomi_blocks(source))
     trace = source.path.with_suffix(".trace")
     types: list[str] = []

@@ -27,13 +27,8 @@ _TRANSFER = ("false_belief", "no_transfer", "informed", "present")
 
 
 def paper(source: Source) -> list[Story]:
-    """Each item gives a story for each of four conditions and both ways round, all of them one group; each
-    asks about reality and about the protagonist's belief.
-
-    Contents items (`tsks1` or "s1") are templates in which CX, S1, S2, XNAM, XPRO, OBJ_PRO and POS_PRO are
-    filled in; the sentences that make the conditions, and the questions, are not in the file and are worded
-    anew here. Transfer items (`tsks2`, "s2") have everything but the exchange of their two places, which is
-    done word by word. The irony items ask no belief and are not read.
+    """Contents items (`tsks1` or "s1") are templates in which CX, S1, S2, XNAM, XPRO, OBJ_PRO and POS_PRO are
+    filled in; transfer items (`tsks2`, "s2") have everything but the exchange of their two places.
     """
     stories: list[Story] = []
     tasks = _tasks(source)

@@ -36,15 +36,7 @@ class _Item:
 
 
 def tombench(source: Source) -> list[Story]:
-    """Abilities with "Second-order beliefs" are second order; of those with "false beliefs", where things are
-    now or what is in a box is reality, where they were before or what should be in it memory, the rest
-    first-order beliefs; everything else is "other".
-
-    A belief is true if its answer is that about reality, compared in Chinese, whose options are written alike
-    in all questions of a story; without a question about reality it is "other". The condition is the ability.
-    Equal options are read as one, and a question with an option equal to its answer is left out, with a
-    warning.
-    """
+    """JSON lines, each a question in English and Chinese."""
     asked: dict[str, list[_Item]] = {}
     for number, line in enumerate(source.text().splitlines(), start=1):
         if line.strip():

@@ -7,9 +7,8 @@
     tombench   Chen et al. 2024, arXiv 2402.15052: JSON lines, English and Chinese side by side
     paper      the task file of arXiv 2504.04238, `.py` or `.json`: unexpected contents, unexpected transfer
 
-Every question gets a kind, and with it a category, by the rule in its reader's docstring. A first-order
-belief is false where its answer is another than the answer about reality. Nothing is computed anew: answers
-are the file's.
+Every question gets a kind, and with it a category, by the rules in `read_benchmark`. Nothing is computed
+anew: answers are the file's.
 
 NOT claimed: that the rules are those of the sets' authors, nor that scores compare with published ones, which
 mostly come from generated text and other prompts.
@@ -105,6 +104,33 @@ def read_benchmark(
     split: str = "test",
 ) -> list[Story]:
     """Read a file of a published Theory-of-Mind set as stories, for `score_stories` and `story_samples`.
+
+    A first-order belief is false where its answer is another than the answer about reality, and true where it
+    is the same. In particular:
+
+    * bigtom: each row is one group of ten stories of one question. Scenario "forward_belief" asks what the
+      agent believes and "forward_action" what the agent will do, in four conditions: "true_belief" (sees the
+      event), "false_belief" (does not), and "true_control" and "false_control" (something irrelevant happens
+      instead, seen or not, and what was believed is still so). "backward_belief" tells the action and asks
+      for the belief, in the first two conditions. All are first-order beliefs, false in the condition
+      "false_belief". The desire questions are not read.
+    * hitom: order 0 is reality, order 1 a belief, orders 2 to 4 are "second_order" (their `order` tells them
+      apart). Numbers before sentences and the instruction above some stories are left away; what both
+      prompting types ask alike is read once. Scenario: "length_1" to "length_3"; condition: "deception" or
+      not.
+    * tomi: by the wording of the question; options are the containers that held the thing, reality is the
+      last of them. The condition is the story type of the `.trace` file, and without one "false_belief" where
+      a first-order answer is not reality, else "true_belief".
+    * tombench: abilities with "Second-order beliefs" are second order; of those with "false beliefs", where a
+      thing is now or what is in a box is reality, where it was before or what should be in the box is memory,
+      the rest are first-order beliefs; everything else, and a belief in a story without a question about
+      reality, is "other". Answers are compared in Chinese, whose options are written alike in all questions
+      of a story. The condition is the ability. Equal options are read as one; a question with an option equal
+      to its answer is left out with a warning.
+    * paper: each item gives four conditions, both ways round, one group; each asks about reality and the
+      protagonist's belief. Contents items are templates; the sentences that make the conditions, and the
+      questions, are not in the file and are worded anew. In transfer items the two places are exchanged word
+      by word. The irony items ask no belief and are not read.
 
     Options may be whole sentences: where they differ in length, compare with
     `score_stories(..., normalise="tokens")` or ask for letters.
