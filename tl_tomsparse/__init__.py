@@ -5,11 +5,14 @@ The public names, in the order of the pipeline; figures are in `tl_tomsparse.plo
 
 from . import plot
 from ._checks import TomsparseError
+from .battery import Battery, PreparedBattery, battery, prepare_battery
 from .edit import SparseEdit
 from .effect import Effect, effect
 from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_frequencies
 from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
+from .harness import lm_eval_scores
+from .localisation import induction_stories, key_value_stories
 from .loss_change import LossChange, loss_change
 from .mask import SparseMask
 from .models import load_model
@@ -23,10 +26,14 @@ from .sink import BosAngles, SinkAttention, bos_angles, sink_attention, sink_shi
 from .stories import (
     Question,
     Story,
+    from_dataset,
+    generate_photographs,
     generate_stories,
     generate_texts,
+    read_benchmark,
     read_jsonl,
     relabelled,
+    to_dataset,
     write_jsonl,
 )
 from .tune import Tuned, tune
@@ -43,10 +50,16 @@ __all__ = [
     "Story",
     "Question",
     "generate_stories",
+    "generate_photographs",
     "generate_texts",
     "read_jsonl",
     "write_jsonl",
     "relabelled",
+    "from_dataset",
+    "to_dataset",
+    "read_benchmark",
+    "key_value_stories",
+    "induction_stories",
     # samples
     "Samples",
     "story_samples",
@@ -71,6 +84,11 @@ __all__ = [
     "Perplexity",
     "score_stories",
     "perplexity",
+    "Battery",
+    "PreparedBattery",
+    "battery",
+    "prepare_battery",
+    "lm_eval_scores",
     # position
     "RotaryLayout",
     "RotaryLayer",

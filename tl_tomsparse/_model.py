@@ -430,6 +430,16 @@ class ModelView:
         if self.model.training:
             raise TomsparseError(f"{self.name} is in training mode; call model.eval() first.")
 
+    def original(self) -> Any:
+        """The `transformers` model that a bridge wraps, whose weights are the live ones."""
+        original = getattr(self.model, "original_model", None)
+        if original is None:
+            raise TomsparseError(
+                f"{self.name} is a {type(self.model).__name__}, without the transformers model that this "
+                "needs; load it with load_model(..., backend='bridge')."
+            )
+        return original
+
     def require_raw_basis(self, *, allow_processed: bool = False) -> None:
         """Refuse folded or centred weights unless they were asked for."""
         if self.basis == "processed" and not allow_processed:

@@ -25,7 +25,7 @@ from tl_tomsparse._prepared import Outcome, PreparedScoring, PreparedText
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.evaluate import tabulate
 from tl_tomsparse.mask import SparseMask
-from tl_tomsparse.stories.story import CATEGORIES, Story
+from tl_tomsparse.stories.story import ALL_CATEGORIES, CATEGORIES, Story
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +162,7 @@ class Measures:
         self.n_stories, self.n_groups = len(place), len(set(groups))
         self._selected: dict[str, NDArray[np.bool_]] = {
             name: (questions.category == name).to_numpy()
-            for name in CATEGORIES
+            for name in ALL_CATEGORIES
             if (questions.category == name).any()
         }
         nothing = Outcome(np.ones(n, dtype=np.int64), np.full(n, -1.0))

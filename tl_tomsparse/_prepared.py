@@ -18,7 +18,7 @@ from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model import view
 from tl_tomsparse._scoring import Reads, Wanted, collect_reads
 from tl_tomsparse.samples import Samples, check_samples, check_stories, option_tokens
-from tl_tomsparse.stories.story import CATEGORIES, Category, Form, Question, Story
+from tl_tomsparse.stories.story import ALL_CATEGORIES, Category, Form, Question, Story
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def prepare_scoring(
     model_view = view(model)
     check_choice("normalise", normalise, ("none", "tokens"))
     for category in categories or ():
-        check_choice("categories", category, CATEGORIES)
+        check_choice("categories", category, ALL_CATEGORIES)
     rows: list[dict[str, Any]] = []
     all_options: list[tuple[str, ...]] = []
     wanted: list[Wanted] = []

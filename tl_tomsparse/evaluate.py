@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -36,7 +36,7 @@ from tl_tomsparse._prepared import (
     prepare_text,
 )
 from tl_tomsparse.samples import Samples
-from tl_tomsparse.stories.story import CATEGORIES, Category, Form, Story
+from tl_tomsparse.stories.story import ALL_CATEGORIES, Category, Form, Story
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,11 +83,14 @@ class StoryScores:
         chance = 1 / self.frame.n_options
         return _proportions(self.frame.assign(chance=chance), [*by, "category"])
 
-    def paired(self, by: Sequence[str] = ()) -> pd.DataFrame:
+    def paired(
+        self, by: Sequence[str] = (), *, kind: Literal["belief", "photograph"] = "belief"
+    ) -> pd.DataFrame:
         """Share of stories with every first-order belief question right.
 
         Args:
             by: further columns of `frame`, constant in a story, to split by.
+            kind: "photograph" for the same about what pictures show.
 
         Returns:
             One row a group: `by`..., subset, n (stories), correct, accuracy, low, high (exact binomial 95
@@ -98,18 +101,18 @@ class StoryScores:
         """
         import pandas as pd
 
-        stories = self.paired_stories()
+        stories = self.paired_stories(kind)
         telling, every = PAIRED_SUBSETS
         parts = [stories[stories.tells_apart].assign(subset=telling), stories.assign(subset=every)]
         return _proportions(pd.concat(parts, ignore_index=True), [*by, "subset"])
 
-    def paired_stories(self) -> pd.DataFrame:
-        """One row a story with a first-order belief question: correct (all of them), tells_apart, chance."""
-        about = ["story_id", "scenario", "condition", "protagonist", "split", "wording"]
-        asked = self.frame[(self.frame.kind == "belief") & (self.frame.order == 1)]
+    def paired_stories(self, kind: Literal["belief", "photograph"] = "belief") -> pd.DataFrame:
+        """One row a story with a first-order question of a kind: correct (all of it), tells_apart, chance."""
+        about = ["story_id", "group", "scenario", "condition", "protagonist", "split", "wording"]
+        asked = self.frame[(self.frame.kind == kind) & (self.frame.order == 1)]
         agents = asked.drop_duplicates(["story_id", "agents"])
         answers = agents.groupby("story_id").answer.nunique()
-        false_beliefs = (asked.category == "false_belief").groupby(asked.story_id).sum()
+        false_beliefs = (asked.category == f"false_{kind}").groupby(asked.story_id).sum()
         chance = (1 / agents.n_options).groupby(agents.story_id).prod()
         correct = asked.groupby("story_id").correct.all()
         frame = asked.drop_duplicates("story_id")[about].reset_index(drop=True)
@@ -131,7 +134,7 @@ def _proportions(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         names = dict(zip(keys, values if isinstance(values, tuple) else (values,)))
         rows.append({**names, "n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high,
                      "chance": float(group.chance.mean())})  # fmt: skip
-    usual = {name: place for place, name in enumerate((*CATEGORIES, *PAIRED_SUBSETS))}
+    usual = {name: place for place, name in enumerate((*ALL_CATEGORIES, *PAIRED_SUBSETS))}
     *by, last = keys  # a condition may be named as a category is, so only the last key has the usual order
     rows.sort(key=lambda row: (*(row[key] for key in by), usual[row[last]]))
     return pd.DataFrame(rows, columns=[*keys, "n", "correct", "accuracy", "low", "high", "chance"])

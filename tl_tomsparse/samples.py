@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError, check_choice, check_positive
 from tl_tomsparse._model import ModelView, view
-from tl_tomsparse.stories.story import CATEGORIES, Story
+from tl_tomsparse.stories.story import ALL_CATEGORIES, Story
 
 Supervise = Literal["answer", "last_token"]
 
@@ -149,7 +149,7 @@ def story_samples(
         model: whose tokenizer reads the text.
         stories: any number; ids of samples are the story's id and the question's index.
         categories: of questions, any of "false_belief" (alone by default), "true_belief", "reality",
-            "memory", "second_order".
+            "memory", "second_order", "false_photograph", "true_photograph", "other".
         supervise: "answer" puts the loss on the answer's tokens. "last_token" leaves the answer away and puts
             it on the prompt's own last token, as the paper's released calibration file does (paper parity).
         prepend_bos: begin each row with the BOS token; False for models without one, and for paper parity.
@@ -164,7 +164,7 @@ def story_samples(
     """
     check_choice("supervise", supervise, ("answer", "last_token"))
     stories = check_stories(stories)
-    chosen = _names("categories", ("false_belief",) if categories is None else categories, CATEGORIES)
+    chosen = _names("categories", ("false_belief",) if categories is None else categories, ALL_CATEGORIES)
     forms = _names(
         "forms", ("completion", "question") if forms is None else forms, ("completion", "question")
     )
@@ -235,7 +235,7 @@ def text_samples(
     check_positive("stride", step)
     stream: list[int] = []
     for index, text in enumerate(texts):
-        tokens = _encode(model_view, text)
+        tokens = encode(model_view, text)
         _check_single_bos(start, tokens, f"text {index}")
         stream += tokens
     offsets = np.arange(0, len(stream) - body + 1, step)
@@ -284,8 +284,8 @@ def option_tokens(
     if not all(option.strip() for option in options):
         raise TomsparseError(f"{name}: an option is empty.")
     start = _bos(model_view, prepend_bos)
-    whole = [_encode(model_view, f"{prompt} {option}") for option in options]
-    common = _encode(model_view, prompt)
+    whole = [encode(model_view, f"{prompt} {option}") for option in options]
+    common = encode(model_view, prompt)
     _check_single_bos(start, common, name)
     for tokens in whole:
         same = next(
@@ -358,7 +358,8 @@ def _check_single_bos(start: list[int], tokens: list[int], name: str) -> None:
         )
 
 
-def _encode(model_view: ModelView, text: str) -> list[int]:
+def encode(model_view: ModelView, text: str) -> list[int]:
+    """The tokens of a text, without special ones."""
     # verbose=False: whole books are tokenised here, and the warning about the context would be wrong.
     return list(model_view.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

@@ -1,4 +1,12 @@
-"""Stories to and from JSON lines and `datasets.Dataset`: one record a story, its questions nested."""
+"""Stories to and from JSON lines and `datasets.Dataset`: one record a story, its questions nested.
+
+    {"text": "Ann ...", "questions": [
+        {"kind": "belief", "agents": ["Ann"], "text": "Ann thinks the key is in the",
+         "answer": "tin", "options": ["box", "tin"], "true_belief": false}]}
+
+is enough of your own story: a record needs `text` and `questions`, a question `kind`, `text`, `answer` and
+`options`, a belief also `agents` and, of first order, `true_belief`. The rest has defaults.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +14,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from .._checks import TomsparseError
-from .story import Question, Story
+from .._checks import TomsparseError, check_choice
+from .story import Form, Kind, Question, Story
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,20 +28,26 @@ def to_record(story: Story) -> dict[str, Any]:
     return asdict(story)
 
 
-def from_record(record: Mapping[str, Any]) -> Story:
+_STORY = {"scenario": "own", "condition": "", "protagonist": "", "split": "", "wording": "", "agents": ()}
+_QUESTION = {"form": "completion", "agents": ()}
+
+
+def from_record(record: Mapping[str, Any], name: str = "") -> Story:
     """A story from plain JSON data.
 
+    Args:
+        record: its fields; those that the module docstring does not ask for may be missing or None.
+        name: the id of a record without one.
+
     Raises:
-        TomsparseError: naming a field that is missing or unknown, or an answer that is not among the options.
+        TomsparseError: naming a field that is missing or unknown, an answer that is not among the options, or
+            a belief without its agents or of unknown truth.
     """
     try:
-        fields = {**record, "agents": tuple(record["agents"])}
-        fields["questions"] = tuple(
-            Question(**{**q, "agents": tuple(q["agents"]), "options": tuple(q["options"])})
-            for q in record["questions"]
-        )
+        fields = _filled(record, {"id": name, **_STORY})
+        fields["questions"] = tuple(Question(**_filled(q, _QUESTION)) for q in record["questions"])
         story = Story(**fields)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise TomsparseError(
             f"story {record.get('id', '?')!r} does not have the fields of a Story ({error}); "
             "compare it with a record that write_jsonl writes."
@@ -44,7 +58,30 @@ def from_record(record: Mapping[str, Any]) -> Story:
                 f"story {story.id!r}: the answer {question.answer!r} is not among the options "
                 f"{question.options}; add it."
             )
+        _check_kind(story.id, question)
     return story
+
+
+def _filled(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record, with tuples for lists; None, as a `Dataset` has it, is a missing value."""
+    given = {key: value for key, value in record.items() if value is not None}
+    filled = {**defaults, **given}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in filled.items()}
+
+
+def _check_kind(name: str, question: Question) -> None:
+    check_choice(f"story {name!r}: kind", question.kind, get_args(Kind))
+    check_choice(f"story {name!r}: form", question.form, get_args(Form))
+    if question.kind == "belief" and not question.agents:
+        raise TomsparseError(
+            f"story {name!r}: the belief question {question.text!r} has no agents; name whose belief it is."
+        )
+    first_order = question.kind == "belief" and question.order == 1
+    if (first_order or question.kind == "photograph") and question.true_belief is None:
+        raise TomsparseError(
+            f"story {name!r}: the {question.kind} question {question.text!r} has no true_belief; say whether "
+            "its answer is what is so (true) or not (false)."
+        )
 
 
 def write_jsonl(path: str | Path, stories: Iterable[Story]) -> None:
@@ -55,7 +92,7 @@ def write_jsonl(path: str | Path, stories: Iterable[Story]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[Story]:
-    """Read stories from JSON lines.
+    """Read stories from JSON lines, those that `write_jsonl` writes or your own (see `stories.formats`).
 
     Raises:
         TomsparseError: if a line is not a story; the message gives its number.
@@ -67,7 +104,7 @@ def read_jsonl(path: str | Path) -> list[Story]:
             if not line.strip():
                 continue
             try:
-                stories.append(from_record(json.loads(line)))
+                stories.append(from_record(json.loads(line), f"line {number}"))
             except json.JSONDecodeError as error:
                 raise TomsparseError(
                     f"{path}, line {number}: not JSON ({error}); write one story a line."
@@ -85,9 +122,9 @@ def to_dataset(stories: Iterable[Story]) -> Dataset:
 
 
 def from_dataset(dataset: Dataset) -> list[Story]:
-    """Stories from a `datasets.Dataset` that has the columns of [`to_dataset`][].
+    """Stories from a `datasets.Dataset` whose rows have the fields of a line of `read_jsonl`.
 
     Raises:
         TomsparseError: if a row is not a story.
     """
-    return [from_record(row) for row in dataset]
+    return [from_record(row, f"row {index}") for index, row in enumerate(dataset)]

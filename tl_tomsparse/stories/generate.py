@@ -80,20 +80,25 @@ def generate_stories(
     )
     prefix = f"{split}-{seed}-{'' if wording == 'seen' else 'new-'}"
     return [
-        Story(
-            id=f"{prefix}{i:05d}",
-            scenario=scene.scenario,
-            condition=scene.condition,
-            protagonist=scene.protagonist,
-            split=split,
-            wording=wording,
-            text=" ".join(scene.sentences),
-            agents=tuple(scene.agents),
-            questions=tuple(_questions(scene, forms, second_order)),
-            group=f"{prefix}{i - i % 2:05d}",
-        )
+        as_story(scene, tuple(_questions(scene, forms, second_order)), prefix, i, split)
         for i, scene in enumerate(scenes)
     ]
+
+
+def as_story(scene: Scene, questions: tuple[Question, ...], prefix: str, i: int, split: str) -> Story:
+    """The i-th scene of a set as a story; scenes 2k and 2k + 1 are twins."""
+    return Story(
+        id=f"{prefix}{i:05d}",
+        scenario=scene.scenario,
+        condition=scene.condition,
+        protagonist=scene.protagonist,
+        split=split,
+        wording=scene.wording,
+        text=" ".join(scene.sentences),
+        agents=tuple(scene.agents),
+        questions=questions,
+        group=f"{prefix}{i - i % 2:05d}",
+    )
 
 
 def generate_scenes(

@@ -60,8 +60,12 @@ class Scene:
     present: list[frozenset[str]] = field(default_factory=list)
 
     def tell(self, kind: str, state: State | None, **slots: str) -> None:
-        """Add a sentence and the state after it."""
-        self.sentences.append(sentence(self.draw, self.wording, kind, **self.slots, **slots))
+        """Add a sentence of a kind and the state after it."""
+        self.add(sentence(self.draw, self.wording, kind, **self.slots, **slots), state)
+
+    def add(self, text: str, state: State | None) -> None:
+        """Add a sentence as it is and the state after it."""
+        self.sentences.append(text)
         self.states.append(state)
         self.present.append(frozenset(self.inside))
 
@@ -75,7 +79,7 @@ class Scene:
     @property
     def variable(self) -> str:
         """The variable of the logic that the questions are about."""
-        return "place" if self.scenario == "transfer" else "contents"
+        return "contents" if self.scenario == "contents" else "place"
 
     def pad(self, kind: str, slot: str) -> None:
         """Add sentences without a bearing on the answers, so that first, last and most-mentioned values are
@@ -146,7 +150,7 @@ def draw_transfer(
     distractors: bool,
 ) -> Scene:
     """An unexpected transfer; earlier rounds (if any) go as they like, the last one follows the condition."""
-    protagonist, mover, others = _people(draw, split, n_agents)
+    protagonist, mover, others = draw_people(draw, split, n_agents)
     while True:
         thing, places = draw.choice(THINGS), draw.sample(PLACES, n_places)
         if split_of(thing, *places) == split and thing not in places:
@@ -230,7 +234,7 @@ def draw_contents(
     draw: Draw, condition: str, *, split: str, wording: Wording, n_agents: int, swap: bool, distractors: bool
 ) -> Scene:
     """Unexpected contents: `mover` fills the package, the others find it."""
-    protagonist, filler, others = _people(draw, split, n_agents)
+    protagonist, filler, others = draw_people(draw, split, n_agents)
     while True:
         package, values = draw.choice(PACKAGES), draw.sample(CONTENTS, 2)
         if split_of(package, *values) == split:
@@ -266,7 +270,8 @@ def draw_contents(
     return scene
 
 
-def _people(draw: Draw, split: str, n_agents: int) -> tuple[str, str, list[str]]:
+def draw_people(draw: Draw, split: str, n_agents: int) -> tuple[str, str, list[str]]:
+    """The two main people, a pair of this split, and the others."""
     while True:
         names = draw.sample(NAMES, n_agents)
         if split_of(*names[:2]) == split:

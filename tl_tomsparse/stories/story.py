@@ -1,7 +1,8 @@
 """What a story is: a text, and questions about it whose answers were computed by the epistemic logic.
 
 Plain data without torch. A question is asked by appending its `text` to the story's `text`; the answer and
-the other options are single nouns without the leading space.
+the other options are words without the leading space: single nouns in generated stories, up to whole
+sentences in published sets.
 """
 
 from __future__ import annotations
@@ -9,10 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["reality", "memory", "belief"]
+Kind = Literal["reality", "memory", "belief", "photograph", "other"]
 Form = Literal["completion", "question"]
-Category = Literal["reality", "memory", "true_belief", "false_belief", "second_order"]
+Category = Literal[
+    "reality",
+    "memory",
+    "true_belief",
+    "false_belief",
+    "second_order",
+    "true_photograph",
+    "false_photograph",
+    "other",
+]
 CATEGORIES: tuple[Category, ...] = ("false_belief", "true_belief", "reality", "memory", "second_order")
+"""What generated stories ask."""
+ALL_CATEGORIES: tuple[Category, ...] = (*CATEGORIES, "false_photograph", "true_photograph", "other")
+"""And what only `generate_photographs` or published sets ask."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,8 @@ class Question:
     """One question about one story.
 
     Attributes:
-        kind: "reality" (where is it now), "memory" (where was it at first) or "belief".
+        kind: "reality" (where is it now), "memory" (where was it at first), "belief", "photograph" (what does
+            a picture show) or "other" (anything else that a published set asks).
         agents: whose belief, outermost first: ("Anna",) for "Anna thinks ...", ("Anna", "Ben") for "Anna
             thinks that Ben thinks ...". Empty for reality and memory.
         text: the words that follow the story, up to but not including the answer.
@@ -28,7 +42,8 @@ class Question:
             prompt).
         answer: the right option.
         options: the answer and the alternatives, in an order that says nothing about which is right.
-        true_belief: for a belief, whether what is believed is what is so; None for reality and memory.
+        true_belief: for a belief, whether what is believed is what is so; for a photograph, whether what it
+            shows is; None for the other kinds.
     """
 
     kind: Kind
@@ -41,16 +56,16 @@ class Question:
 
     @property
     def order(self) -> int:
-        """The order of belief: 0 for reality and memory, 1 for "A thinks", 2 for "A thinks that B thinks"."""
+        """The order of belief: 1 for "A thinks" (and a picture), 2 for "A thinks that B thinks", else 0."""
         return len(self.agents)
 
     @property
     def category(self) -> Category:
         """The category under which the answer is reported."""
-        if self.kind == "reality":
-            return "reality"
-        if self.kind == "memory":
-            return "memory"
+        if self.kind in ("reality", "memory", "other"):
+            return self.kind
+        if self.kind == "photograph":
+            return "true_photograph" if self.true_belief else "false_photograph"
         if self.order >= 2:
             return "second_order"
         return "true_belief" if self.true_belief else "false_belief"
@@ -62,8 +77,8 @@ class Story:
 
     Attributes:
         id: unique within a set of one seed, split and scenario list; stable across platforms.
-        scenario: "transfer" (a thing is moved) or "contents" (a container holds something else than its label
-            says).
+        scenario: "transfer" (a thing is moved), "contents" (a container holds something else than its label
+            says), or a name of a published set's.
         condition: what befalls the protagonist, for example "false_belief", "present", "informed".
         protagonist: whose condition it is; the other agents' beliefs may be true or false in any condition.
         split: "train", "dev" or "test": by combination of names, things and places.

@@ -7,7 +7,7 @@ constructions, so that a test on it asks for the meaning and not for the templat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .lexicon import Draw
@@ -382,7 +382,12 @@ _CHOICE = re.compile(r"\[([^\]]*)\]")
 
 def sentence(draw: Draw, wording: Wording, kind: str, **slots: str) -> str:
     """One sentence of a kind, its words chosen by `draw`, its slots filled, its first letter a capital."""
-    template = draw.choice(POOLS[wording][kind])
+    return told(draw, POOLS[wording][kind], **slots)
+
+
+def told(draw: Draw, templates: Sequence[str], **slots: str) -> str:
+    """The same from templates of one's own."""
+    template = draw.choice(templates)
     text = _CHOICE.sub(lambda match: draw.choice(match.group(1).split("|")), template).format(**slots)
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     return text[0].upper() + text[1:]
