@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -149,7 +150,10 @@ class Measures:
         n_groups: number of groups.
     """
 
-    def __init__(self, scoring: PreparedScoring) -> None:
+    def __init__(
+        self, scoring: PreparedScoring, extra: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
+    ) -> None:
+        """`extra` names further selections of the questions, `[questions]` each."""
         questions = scoring.questions
         import pandas as pd
 
@@ -165,6 +169,7 @@ class Measures:
             for name in ALL_CATEGORIES
             if (questions.category == name).any()
         }
+        self._selected |= {name: selected for name, selected in extra.items() if selected.any()}
         nothing = Outcome(np.ones(n, dtype=np.int64), np.full(n, -1.0))
         paired = tabulate(scoring, nothing).paired_stories()
         self._first_order = ((questions.kind == "belief") & (questions.order == 1)).to_numpy()
