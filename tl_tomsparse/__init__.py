@@ -5,6 +5,7 @@ The public names, in the order of the pipeline; figures are in `tl_tomsparse.plo
 
 from . import plot
 from ._checks import TomsparseError
+from .components import ComponentEffects, component_effects, mask_components
 from .edit import SparseEdit
 from .effect import Effect, effect
 from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_frequencies
@@ -83,6 +84,9 @@ __all__ = [
     "choose_kappa",
     "effect",
     "verdict",
+    "ComponentEffects",
+    "mask_components",
+    "component_effects",
     # figures and errors
     "plot",
     "TomsparseError",
