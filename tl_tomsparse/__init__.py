@@ -13,6 +13,7 @@ from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
 from .mask import SparseMask
 from .models import load_model
+from .patterns import AttentionPattern, attention_pattern
 from .position import Position, PositionEffects, position_effects
 from .ranking import RankedEntries, rank_entries, top_fraction
 from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
@@ -71,6 +72,8 @@ __all__ = [
     "bos_angles",
     "sink_attention",
     "sink_shift",
+    "AttentionPattern",
+    "attention_pattern",
     "Position",
     "PositionEffects",
     "position_effects",
