@@ -15,6 +15,7 @@ from .mask import SparseMask
 from .models import load_model
 from .patterns import AttentionPattern, attention_pattern
 from .position import Position, PositionEffects, position_effects
+from .position_verdict import position_verdict
 from .ranking import RankedEntries, rank_entries, top_fraction
 from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
@@ -77,6 +78,7 @@ __all__ = [
     "Position",
     "PositionEffects",
     "position_effects",
+    "position_verdict",
     # experiments
     "KappaSweep",
     "KappaChoice",

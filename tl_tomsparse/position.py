@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._model import ModelView, view
+from tl_tomsparse._points import json_rows
 from tl_tomsparse._position_changes import Clusters, Comparison, Position, measure_position, summary
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.enrichment import mask_by_frequency, mask_rank, share_at_frequencies
@@ -63,10 +64,10 @@ class PositionEffects:
         ranks: see [`mask_rank`][], of each edit's mask.
         sink_heads: (layer, head) pairs.
         n_weights: of each edit.
-        meta: position, bos, eps, threshold, and how it was made.
+        meta: position, bos, eps, threshold, no_rotation (why no layer has one, or None), and how it was made.
 
     Frames about rotation are empty where no layer has one, those about masks where nothing of a mask is in Q
-    or K of such layers.
+    or K (of such layers). [`position_verdict`][] reads claims off these numbers.
     """
 
     before: Position = field(repr=False)
@@ -82,6 +83,12 @@ class PositionEffects:
     sink_heads: tuple[tuple[int, int], ...]
     n_weights: dict[str, int]
     meta: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The frames but for `frequencies` and `degrees`, as plain values for JSON."""
+        names = ("summary", "heads", "sinks", "by_frequency", "shares", "ranks")
+        tables = {name: json_rows(getattr(self, name)) for name in names}
+        return {**tables, "sink_heads": self.sink_heads, "n_weights": self.n_weights, **self.meta}
 
 
 def position_effects(
@@ -158,6 +165,7 @@ def position_effects(
         "eps": eps,
         "threshold": threshold,
         "match": match,
+        "no_rotation": None if before.norms is not None else _why_not(seen),
         "n_random": n_random,
         "seed": seed,
         "n_samples": len(samples),
@@ -185,6 +193,12 @@ def check_measurable(
         )
 
 
+def _why_not(seen: ModelView) -> str:
+    """Why no layer has a rotation."""
+    reasons = list(dict.fromkeys(seen.rotations[1].values()))
+    return "; ".join(reasons) or "it offers no Q or K"
+
+
 class _Tables:
     """The frames of all edits, one below the other."""
 
@@ -208,6 +222,8 @@ class _Tables:
         seed: int,
     ) -> None:
         """What is asked of an edit's mask."""
+        if len(mask.restrict(matrices=("Q", "K"))):
+            self.add("ranks", edit, mask_rank(model, mask, n_random=n_random, seed=seed))
         if norms is None or not len(mask.restrict(matrices=("Q", "K"), layers=list(norms.layout))):
             return
         self.add("by_frequency", edit, mask_by_frequency(model, mask, seed=seed))
@@ -215,7 +231,6 @@ class _Tables:
             shares = share_at_frequencies(model, mask, frequencies, seed=seed)
             shares.insert(0, "frequencies", name)
             self.add("shares", edit, shares)
-        self.add("ranks", edit, mask_rank(model, mask, n_random=n_random, seed=seed))
 
     def frames(self) -> dict[str, pd.DataFrame]:
         """All of them."""

@@ -64,7 +64,7 @@ class BosAngles:
 
     def __repr__(self) -> str:
         """One line."""
-        return f"BosAngles({len(self.ids)} samples, {_key_name(self.position, self.bos)})"
+        return f"BosAngles({len(self.ids)} samples, {key_name(self.position, self.bos)})"
 
     def to_frame(self, *, seed: int = 0) -> pd.DataFrame:
         """One row a layer and head: mean angle to the token and to other keys, and their difference, each
@@ -102,7 +102,7 @@ class SinkAttention:
 
     def __repr__(self) -> str:
         """One line."""
-        token = _key_name(self.position, self.bos)
+        token = key_name(self.position, self.bos)
         return f"SinkAttention({len(self.ids)} samples, {token}, sink rate {self.rate():.3f} at 0.3)"
 
     def rate(self, eps: float = 0.3) -> float:
@@ -385,7 +385,8 @@ def check_threshold(value: float) -> None:
         raise TomsparseError(f"A threshold of attention lies in [0, 1), not {value}.")
 
 
-def _key_name(position: int, bos: bool) -> str:
+def key_name(position: int, bos: bool) -> str:
+    """The token that is asked about, in words."""
     if position:
         return f"token {position}"
     return "BOS" if bos else "the first token (no BOS)"
