@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import families
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import tiny
 import torch
 from test_edit import a_mask
 from test_rotary import some_samples
 
 import tl_tomsparse as tt
+from tl_tomsparse import enrichment
 from tl_tomsparse._model import view
 from tl_tomsparse.models import load_model
 
@@ -92,6 +95,23 @@ def test_entries_at_frequencies_are_those_by_hand() -> None:
     assert share.random_mean["matrix"] == pytest.approx(np.mean(made), abs=4 * np.std(made) / 200**0.5)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Phi", "Llama, yarn"])
+def test_slow_and_fast_halves(name: str) -> None:
+    model = load_model(families.directory(name), device="cpu")
+    layer = tt.RotaryLayout.of(model)[0]
+    slow = layer.slow.tolist()
+    half = len(slow) // 2
+    assert sorted(range(len(slow)), key=lambda m: float(layer.wavelengths[m]))[-half:] == [
+        m for m, chosen in enumerate(slow) if chosen
+    ]
+    mask = a_mask(model, share=0.1)
+    for which in ("slow", "fast"):
+        numbers = [m for m, chosen in enumerate(slow) if chosen == (which == "slow")]
+        assert tt.at_frequencies(model, mask, which) == tt.at_frequencies(model, mask, numbers)
+    with pytest.raises(tt.TomsparseError, match="frequencies='mild' is not one of"):
+        tt.at_frequencies(model, mask, "mild")  # type: ignore[arg-type]
+
+
 def test_a_mask_at_the_dominant_frequencies_is_found_there() -> None:
     model = tiny.model("llama")
     dominant = tt.frequency_norms(model, some_samples(), show_progress=False).dominant(top=1)
@@ -168,6 +188,24 @@ def test_one_input_channel_has_rank_one_and_so_has_every_mask_matched_by_row() -
     row = tt.mask_rank(model, mask, n_random=5).iloc[0]
     assert row["rank"] == row.random_row_low == row.random_row_high == 1
     assert row.random_matrix_low > 5
+
+
+def test_a_low_rank_is_told_from_that_of_random_masks() -> None:
+    model = tiny.model("llama")
+    block = [(head, row, dim) for head in range(4) for row in range(4) for dim in (0, 1)]
+    low = tt.mask_rank(model, masked(model, (0, "Q"), *block)).iloc[-1]
+    assert low["rank"] == 4  # four input channels, which random masks matched by row have, too
+    assert low.p_row == 1
+    assert low.p_column < 0.05
+    assert low.p_matrix < 1e-3
+    drawn = [float(n) for n in (7, 8, 9, 8)]
+    ours = enrichment._p_lower(6.0, np.array(drawn))
+    spread = math.sqrt((np.var(drawn, ddof=1) + 1 / 12) * (1 + 1 / 4))
+    assert ours == pytest.approx(2 * scipy.stats.t.cdf((6 - 8) / spread, 3))
+    assert math.isnan(enrichment._p_lower(6.0, np.array([8.0])))
+    random = a_mask(model, share=0.02).random_like(77)
+    found = tt.mask_rank(model, random).query("layer == -1")
+    assert (found[["p_matrix", "p_row", "p_column"]] > 0.01).all(axis=None)
 
 
 def test_random_masks_may_leave_a_matrix_empty_and_one_kind_may_be_a_string() -> None:

@@ -26,6 +26,8 @@ from tl_tomsparse.sensitivity import Sensitivity
 
 TENSORS = ("mask", "mask_general_only", "mask_tom_only", "sensitivity_tom", "sensitivity_general")
 FRAMES = ("sweep", "accuracy", "random", "perplexity", "differences", "answers", "choice", "mask_entries")
+POSITION = ("heads", "sinks", "by_frequency", "shares", "ranks")  # of the summary's neighbours, those in JSON
+FRAMES += ("position", *(f"position_{name}" for name in (*POSITION, "frequencies", "degrees")))
 STARTS = ("command", "versions", "device", "earlier_starts")
 
 
@@ -93,7 +95,9 @@ def test_parquet_and_json_agree(finished):
     tables = {name: found["effect"][name] for name in ("accuracy", "random", "perplexity", "differences")}
     tables |= {"sweep": found["sweep"]["points"], "choice": found["choice"]["table"]}
     tables |= {name: found[name] for name in ("answers", "mask_entries")}
-    assert tables.keys() == set(FRAMES)
+    tables |= {f"position_{name}": found["position"][name] for name in POSITION}
+    tables["position"] = found["position"]["summary"]
+    assert {*tables, "position_frequencies", "position_degrees"} == set(FRAMES)
     for name, rows in tables.items():
         frame = pd.read_parquet(folder / f"{name}.parquet")
         assert len(frame) == len(rows) > 0
@@ -289,6 +293,7 @@ def test_other_weights_or_text_under_the_same_name_are_refused(tmp_path):
         ({"stories": 0}, "stories=0 must be at least 1"),
         ({"test_stories": -1}, "test_stories=-1"),
         ({"windows": 0}, "windows=0"),
+        ({"position_stories": 0}, "position_stories=0"),
         ({"random_masks": 0}, "random_masks=0"),
         ({"length": 1}, "length=1 must be at least 2"),
         ({"seed": -1}, "seed=-1 must be 0 or more"),

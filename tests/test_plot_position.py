@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import families
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -38,20 +39,31 @@ def test_norms_and_their_change(model, edit, part):
     with edit.applied(model):
         after = tt.frequency_norms(model, some_samples(), **QUIET)
     figure = plot.frequency_norms(before, part=part)
+    assert len(figure.data) == 1
     expected = torch.cat([before.rms[layer, part] for layer in range(2)]).numpy()
     np.testing.assert_allclose(cells(figure), expected, rtol=1e-6)
     assert list(figure.data[0].y)[:2] == ["L0H0", "L0H1"]
-    np.testing.assert_allclose(figure.data[0].customdata[0], before.layout[0].wavelengths, rtol=1e-6)
+    turns = [float(name.split("a turn in ")[1].split(" ")[0].replace("k", "e3")) for name in figure.data[0].x]
+    np.testing.assert_allclose(turns, before.layout[0].wavelengths, rtol=5e-3)
+    assert list(figure.layout.xaxis.ticktext) == [_turn(float(wave)) for wave in before.layout[0].wavelengths]
+    assert "fast" in figure.layout.xaxis.title.text.split("\N{LEFTWARDS ARROW}")[0]
     change = plot.frequency_norms(after, part=part, before=before)
     both = torch.cat([after.rms[layer, part] for layer in range(2)]).numpy()
-    np.testing.assert_allclose(cells(change), both - expected, atol=1e-6)
-    assert change.data[0].zmin == -change.data[0].zmax
+    for panel, values in zip(change.data, (expected, both, both - expected), strict=True):
+        np.testing.assert_allclose(panel.z, values, atol=1e-6)
+    assert [panel.coloraxis for panel in change.data] == ["coloraxis", "coloraxis", "coloraxis2"]
+    assert change.layout.coloraxis.cmax == pytest.approx(max(expected.max(), both.max()))
+    assert change.layout.coloraxis2.cmin == -change.layout.coloraxis2.cmax
     assert plot.frequency_norms(before, before=before)  # no change at all is a figure, too
     with pytest.raises(tt.TomsparseError, match="part"):
         plot.frequency_norms(before, part="v")
     other = tt.frequency_norms(tiny.model("neox"), some_samples(), **QUIET)
     with pytest.raises(tt.TomsparseError, match="another model"):
         plot.frequency_norms(before, before=other)
+
+
+def _turn(wave: float) -> str:
+    return f"{wave / 1000:.3g}k" if wave >= 999.5 else f"{wave:.3g}"
 
 
 def test_layers_with_fewer_frequencies_leave_cells_empty():
@@ -71,15 +83,19 @@ def test_masks_by_frequency(model):
     figure = plot.mask_by_frequency(frame)
     for number, matrix in enumerate("QK"):
         part = frame[frame.matrix == matrix]
-        bars, random = figure.data[2 * number : 2 * number + 2]
+        band, bars = figure.data[2 * number : 2 * number + 2]
         assert list(bars.y) == part.entries.tolist()
-        assert list(random.y) == part.random_mean.tolist()
+        assert list(band.base) == part.random_low.tolist()
         np.testing.assert_allclose(
-            np.asarray(random.y) + np.asarray(random.error_y.array), part.random_high.to_numpy()
+            np.asarray(band.base, dtype=float) + np.asarray(band.y), part.random_high.to_numpy()
         )
+        assert [name.split(",")[0] for name in bars.x] == list(map(str, part.frequency))
     half = load_model(families.directory("Phi"), device="cpu")
     labels = plot.mask_by_frequency(tt.mask_by_frequency(half, a_mask(half), n_random=5)).data[0].x
-    assert list(labels) == ["0", "1", "not rotated"]
+    assert [label.split(",")[0] for label in labels] == ["0", "1", "not rotated"]
+    twice = pd.concat([frame.assign(edit="a"), frame.assign(edit="b")])
+    with pytest.raises(tt.TomsparseError, match=r"several edits \(a, b\)"):
+        plot.mask_by_frequency(twice)
 
 
 def test_angles_and_sinks_and_their_change(model, edit):
@@ -90,11 +106,16 @@ def test_angles_and_sinks_and_their_change(model, edit):
     means = np.stack([angles.to_sink[layer].mean(0).numpy() for layer in range(2)])
     np.testing.assert_allclose(cells(plot.bos_angles(angles)), means, rtol=1e-6)
     after = np.stack([turned.to_sink[layer].mean(0).numpy() for layer in range(2)])
-    np.testing.assert_allclose(cells(plot.bos_angles(angles, after=turned)), after - means, atol=1e-4)
+    both = plot.bos_angles(angles, after=turned)
+    for panel, expected in zip(both.data, (means, after, after - means), strict=True):
+        np.testing.assert_allclose(panel.z, expected, atol=1e-4)
+    assert both.layout.coloraxis.cmin + both.layout.coloraxis.cmax == pytest.approx(180)
+    assert both.layout.coloraxis2.cmin == -both.layout.coloraxis2.cmax
     share = np.stack([sinks.attention[layer].mean(0).numpy() for layer in range(2)])
     np.testing.assert_allclose(cells(plot.sinks(sinks)), share, rtol=1e-6)
     shift = np.stack([moved.attention[layer].mean(0).numpy() for layer in range(2)]) - share
-    np.testing.assert_allclose(cells(plot.sinks(sinks, after=moved)), shift, atol=1e-6)
+    for panel, expected in zip(plot.sinks(sinks, after=moved).data, (share, share + shift, shift)):
+        np.testing.assert_allclose(panel.z, expected, atol=1e-6)
     other = some_samples((10, 12))
     with pytest.raises(tt.TomsparseError, match="other samples"):
         plot.bos_angles(angles, after=tt.bos_angles(model, other, **QUIET))
@@ -104,15 +125,140 @@ def test_angles_and_sinks_and_their_change(model, edit):
         plot.sinks(sinks, after=tt.sink_attention(model, other, **QUIET))
 
 
-def test_a_large_model_is_a_figure_of_less_than_two_megabytes():
+def size(figure):
+    """Megabytes of a figure without plotly.js."""
+    return len(figure.to_html(include_plotlyjs=False)) / 1e6
+
+
+def large(factor: float) -> FrequencyNorms:
+    """Norms of 32 layers of 32 heads, key-value heads as many, with 64 frequencies."""
     heads, pairs, layers = 32, 64, 32
-    layout = {
-        n: RotaryLayer(
-            10000.0 ** -(torch.arange(pairs).double() / pairs), torch.zeros(pairs, 2).long(), "half"
-        )
-        for n in range(layers)
-    }
-    values = {(n, part): torch.rand(heads, pairs).double() for n in range(layers) for part in "qk"}
-    norms = FrequencyNorms(RotaryLayout(layout, 4096, {}), values, values, values, {}, {}, {}, 1, True)
-    html = plot.frequency_norms(norms).to_html(include_plotlyjs=False)
-    assert len(html) < 2e6
+    frequencies = 10000.0 ** -(torch.arange(pairs).double() / pairs)
+    dimensions = torch.arange(2 * pairs).view(2, pairs).T
+    layout = {n: RotaryLayer(frequencies, dimensions, "half") for n in range(layers)}
+    values = {(n, part): factor * torch.rand(heads, pairs).double() for n in range(layers) for part in "qk"}
+    return FrequencyNorms(RotaryLayout(layout, 4096, {}), values, values, values, {}, {}, {}, 1, True)
+
+
+def test_of_a_large_model_layers_come_first_and_each_layers_heads_on_request():
+    before, after = large(1.0), large(0.9)
+    figure = plot.frequency_norms(after, before=before)
+    assert size(figure) < 2
+    assert figure.layout.height < 900
+    shown = [trace for trace in figure.data if trace.visible]
+    assert len(shown) == 3
+    mean = np.stack([(before.rms[layer, "q"].numpy() ** 2).mean(0) ** 0.5 for layer in range(32)])
+    np.testing.assert_allclose(shown[0].z, mean, rtol=1e-6)
+    buttons = figure.layout.updatemenus[0].buttons
+    assert len(buttons) == 33
+    visible = buttons[1 + 5].args[0]["visible"]
+    assert sum(visible) == 3
+    layer = [trace for trace, chosen in zip(figure.data, visible) if chosen]
+    old, new = (one.rms[5, "q"].numpy() for one in (before, after))
+    for trace, values in zip(layer, (old, new, new - old)):
+        np.testing.assert_allclose(trace.z, values, rtol=1e-5, atol=1e-6)
+    assert buttons[1 + 5].args[1]["yaxis.title.text"] == "layer 5, head"
+    assert size(plot.frequency_norms(before, part="k")) < 1
+
+
+def test_maps_of_a_large_model_are_small():
+    def values(top: float) -> dict[int, torch.Tensor]:
+        return {layer: top * torch.rand(3, 32).double() for layer in range(32)}
+
+    sinks = [tt.SinkAttention(values(0.6), 0, True, ("a", "b", "c")) for _ in range(2)]
+    angles = [tt.BosAngles(values(170), {}, {}, {}, {}, 0, True, True, ("a", "b", "c")) for _ in range(2)]
+    for figure in (plot.sinks(sinks[0], after=sinks[1]), plot.bos_angles(angles[0], after=angles[1])):
+        assert size(figure) < 0.2
+        assert figure.layout.height < 900
+    rows = {"frequency": range(64), "entries": 5, "random_low": 2.0, "random_high": 9.0, "random_mean": 5.0}
+    rows |= {"enrichment": 1.0, "p": 0.5, "wavelength": 2.0 ** np.arange(64)}
+    frame = pd.concat([pd.DataFrame({"matrix": matrix, **rows}) for matrix in "QK"])
+    assert size(plot.mask_by_frequency(frame)) < 0.2
+
+
+def test_histograms_of_angles(model, edit):
+    found = tt.position_effects(
+        model, some_samples(), {"mask": edit, "same": tt.SparseEdit.scale(model, edit.mask, 1.0)},
+        n_random=2, n_draws=50, eps=0.2, **QUIET,
+    )  # fmt: skip
+    own = found.degrees[found.degrees.edit == "mask"]
+    figure = plot.angle_histogram(own)
+    kinds = ["sink", "all"]
+    assert [trace.name for trace in figure.data] == ["random edits (range)", "unedited", "edited"] * 2
+    for number, heads in enumerate(kinds):
+        of = own[own.heads == heads].set_index("degree")
+        band, old, new = figure.data[3 * number : 3 * number + 3]
+        degrees = (np.asarray(old.x) - 0.5).astype(int)
+        assert list(old.y) == of.before[degrees].tolist()
+        assert list(new.y) == of.after[degrees].tolist()
+        assert sum(old.y) == pytest.approx(1)
+        assert list(band.y) == [*of.random_high[degrees], *of.random_low[degrees][::-1]]
+    with pytest.raises(tt.TomsparseError, match=r"several edits \(mask, same\)"):
+        plot.angle_histogram(found.degrees)
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_patterns_of_one_text_have_its_tokens_and_nothing_ahead(backend):
+    model = tiny.model("llama", backend)
+    samples = tt.text_samples(model, list(tiny.CORPUS), length=16)
+    pattern = tt.attention_pattern(model, samples, [(0, 1), (1, 3)], sample=samples.ids[1])
+    row = samples.tokens[1][samples.attention_mask[1]]
+    assert list(pattern.tokens) == [model.tokenizer.decode([int(token)]).strip() for token in row]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(row[None])
+    for layer, head in ((0, 1), (1, 3)):
+        expected = cache[f"blocks.{layer}.attn.hook_pattern"][0, head]
+        torch.testing.assert_close(pattern.of(layer, head), expected, atol=1e-5, rtol=0)
+    own = tt.SparseEdit.mean(model, a_mask(model))
+    with own.applied(model):
+        after = tt.attention_pattern(model, samples, [(1, 3)], sample=samples.ids[1])
+    figure = plot.attention(pattern, layer=1, head=3, after=after)
+    old, new = (one.of(1, 3).numpy() for one in (pattern, after))
+    for trace, values in zip(figure.data, (old, new, new - old), strict=True):
+        assert [len(row) for row in trace.z] == list(range(1, len(row) + 1))  # nothing above the diagonal
+        for shown, whole in zip(trace.z, values):
+            np.testing.assert_allclose(shown, whole[: len(shown)], atol=1e-4)
+    assert [trace.visible for trace in figure.data] == [True, False, False]
+    assert list(figure.layout.xaxis.ticktext) == list(pattern.tokens)
+    assert len(plot.attention(pattern, layer=0, head=1).data) == 1
+    with pytest.raises(tt.TomsparseError, match="no pattern of L0H2, only of L0H1, L1H3"):
+        plot.attention(pattern, layer=0, head=2)
+    other = tt.attention_pattern(model, samples, [(1, 3)])
+    with pytest.raises(tt.TomsparseError, match="another text"):
+        plot.attention(pattern, layer=1, head=3, after=other)
+
+
+def test_patterns_that_cannot_be_shown_are_refused(model):
+    samples = some_samples()
+    for heads, sample, message in (
+        ([], None, "heads is empty"),
+        ([(0, 9)], None, "no attention pattern of L0H9; it has 2 layers of 4 heads"),
+        ([(7, 0)], None, "no attention pattern of L7H0"),
+        ([(0, 0)], "nobody", "no sample 'nobody'; the first one is '0'"),
+    ):
+        with pytest.raises(tt.TomsparseError, match=message):
+            tt.attention_pattern(model, samples, heads, sample=sample)
+    long = torch.rand(400, 400).tril()
+    pattern = tt.AttentionPattern(tuple("word" for _ in range(400)), {(0, 0): long})
+    assert size(plot.attention(pattern, layer=0, head=0, after=pattern)) < 2
+
+
+def test_effects_of_parts(model):
+    edit = tt.SparseEdit.zero(model, a_mask(model).restrict(matrices=("Q",)))
+    found = tt.component_effects(model, some_samples(), edit, n_random=2, n_draws=50, eps=0.2, **QUIET)
+    figure = plot.component_effects(found, measures=["turn", "norm_q"])
+    for number, measure in enumerate(("turn", "norm_q")):
+        rows = found.frame[found.frame.measure == measure]
+        full = rows[rows.note == ""]
+        random, part, empty = figure.data[3 * number : 3 * number + 3]
+        assert list(part.x) == full.value.tolist()
+        np.testing.assert_allclose(np.asarray(part.x) + np.asarray(part.error_x.array), full.high)
+        low = np.asarray(random.x) - np.asarray(random.error_x.arrayminus)
+        np.testing.assert_allclose(low, full.random_low)
+        assert {"K (0)", "not Q (0)"} <= set(empty.y)
+        assert set(empty.text) == {"no entries"}
+    order = list(figure.layout.yaxis.categoryarray)[::-1]
+    assert order[:3] == [f"whole ({len(edit)})", f"Q ({len(edit)})", "not Q (0)"]
+    assert len(plot.component_effects(found).data) == 3 * 2
+    with pytest.raises(tt.TomsparseError, match="'reality', which was not taken; there are sinks_shifted"):
+        plot.component_effects(found, measures=["reality"])

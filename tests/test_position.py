@@ -145,8 +145,10 @@ def test_without_rotation_only_sinks_are_measured() -> None:
     found = tt.position_effects(model, some_samples(), {"zero": edit}, **{**OPTIONS, "eps": 0.05})
     assert set(found.summary.measure) == {"sinks_shifted", "attention"}
     assert set(found.heads.measure) == {"attention"}
-    for frame in (found.frequencies, found.by_frequency, found.shares, found.ranks):
+    for frame in (found.frequencies, found.by_frequency, found.shares, found.degrees):
         assert frame.empty
+    assert set(found.ranks.matrix) == {"Q", "K"}  # which need no rotation
+    assert found.meta["no_rotation"] == "it has no rotary frequencies"
     assert found.before.angles is None
     assert found.before.norms is None
 

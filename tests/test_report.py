@@ -102,7 +102,7 @@ def test_the_page_is_the_same_every_time(result, tmp_path):
 
 def test_every_claim_and_its_status_are_shown(result):
     text = words(result)
-    for claim in result.claims:
+    for claim in (*result.claims, *result.position_claims):
         assert claim.sentence in text
         assert claim.status in text
 
@@ -111,7 +111,7 @@ def test_an_untestable_model_is_said_to_be_so_once_at_length(result):
     unable = rated(result, {"false_belief": 0.3}, {"false_belief": 0.1}, {"false_belief": 0.3})
     text = words(unable)
     assert "Not testable. The unedited model does not show that it tracks what each agent believes" in text
-    assert text.count("95 % interval") <= 8
+    assert text[: text.index("Position: ")].count("95 % interval") <= 8
     by_name = {claim.claim: claim for claim in unable.claims}
     assert "accuracy" not in by_name["false_belief_falls"].sentence
 
@@ -191,18 +191,41 @@ def test_an_empty_mask_and_earlier_starts_have_their_words(result):
     assert "in 1 earlier starts" in text
 
 
+def test_position_has_its_section_with_what_was_measured(result):
+    text, html = words(result), report_html(result)
+    supported = [claim for claim in result.position_claims if claim.status == "supported"]
+    testable = [claim for claim in result.position_claims if claim.status != "not testable"]
+    assert f"Of {len(testable)} claims about position that can be tested here, " in text
+    assert (f", {len(supported)} " in text) if supported else ("none is supported" in text)
+    old, new = (
+        100 * one.attention.rate(0.3) for one in (result.position.before, result.position.after["mask"])
+    )
+    assert f"In {old:.1f} % of heads and stories it is above 0.3, under the mask in {new:.1f} %." in text
+    ((layer, head),) = result.patterns[0].patterns
+    assert f"What layer {layer}, head {head} looks at" in text
+    assert _packed(result.position.frequencies.query("part == 'q'").before, "f4") in html
+    bare = dataclasses.replace(
+        result.position,
+        before=dataclasses.replace(result.position.before, angles=None, norms=None),
+        by_frequency=pd.DataFrame(),
+    )
+    untestable = [dataclasses.replace(claim, status="not testable") for claim in result.position_claims]
+    text = words(dataclasses.replace(result, position=bare, position_claims=untestable))
+    assert "None of the paper’s claims about position can be tested here." in text
+    assert "Which frequencies carry the norm" not in text
+    assert "Attention to BOS" in text
+
+
 def test_figures_on_the_page_hold_the_frames(result):
     html = report_html(result)
     perplexity = result.sweep.arm("mask").perplexity
     assert all(repr(float(value))[:10] in html or _packed(perplexity) in html for value in perplexity)
 
 
-def _packed(values: pd.Series) -> str:
+def _packed(values: pd.Series, kind: str = "f8") -> str:
     """As plotly writes arrays of numbers: base64 of their bytes, in JSON."""
     import base64
 
     return (
-        base64.b64encode(np.ascontiguousarray(values, dtype=np.float64).tobytes())
-        .decode()
-        .replace("/", "\\u002f")
+        base64.b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode().replace("/", "\\u002f")
     )

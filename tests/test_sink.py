@@ -15,6 +15,7 @@ from test_rotary import SPIED, queries_and_keys, some_samples
 from torch import Tensor
 
 import tl_tomsparse as tt
+from tl_tomsparse import sink
 from tl_tomsparse._intervals import mean_intervals
 from tl_tomsparse._model import view
 from tl_tomsparse.models import load_model
@@ -58,6 +59,10 @@ def test_angles_are_those_of_loops_over_positions(name: str, backend: Any, posit
             expected = sum(angles) / len(angles)
             assert float(found.by_position[layer][head, at]) == pytest.approx(expected, rel=1e-5)
         assert found.by_position[layer][:, : position + 1].isnan().all()
+        for head in range(heads):
+            every = [angle for (of, _), angles in by_position.items() if of == head for angle in angles]
+            counts, _ = np.histogram(every, bins=180, range=(0, 180))
+            assert found.degrees[layer][head].tolist() == counts.tolist()
     # What frequencies add, with the dimensions that are not rotated, is the cosine.
     if (
         families.FAMILIES[name].positions == "rotary"
@@ -163,6 +168,16 @@ def test_rates_and_shifts_are_counted() -> None:
             tt.sink_shift(first, other)
     with pytest.raises(tt.TomsparseError, match=r"lies in \[0, 1\)"):
         first.rate(1.5)
+
+
+def test_angles_do_not_depend_on_how_many_queries_are_held_at_once(monkeypatch: Any) -> None:
+    model, samples = tiny.model("llama"), some_samples()
+    whole = tt.bos_angles(model, samples, show_progress=False)
+    monkeypatch.setattr(sink, "_CELLS_ON_CPU", 1)
+    by_one = tt.bos_angles(model, samples, show_progress=False)
+    for layer, angles in whole.to_others.items():
+        assert by_one.to_others[layer].numpy() == pytest.approx(angles.numpy(), abs=1e-4)
+        assert torch.equal(by_one.to_sink[layer], whole.to_sink[layer])
 
 
 def test_an_edit_is_seen_and_undone() -> None:

@@ -6,6 +6,7 @@ The public names, in the order of the pipeline; figures are in `tl_tomsparse.plo
 from . import plot
 from ._checks import TomsparseError
 from .battery import Battery, PreparedBattery, battery, prepare_battery
+from .components import ComponentEffects, component_effects, mask_components
 from .edit import SparseEdit
 from .effect import Effect, effect
 from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_frequencies
@@ -16,7 +17,9 @@ from .localisation import induction_stories, key_value_stories
 from .loss_change import LossChange, loss_change
 from .mask import SparseMask
 from .models import load_model
+from .patterns import AttentionPattern, attention_pattern
 from .position import Position, PositionEffects, position_effects
+from .position_verdict import position_verdict
 from .ranking import RankedEntries, rank_entries, top_fraction
 from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
@@ -103,9 +106,12 @@ __all__ = [
     "bos_angles",
     "sink_attention",
     "sink_shift",
+    "AttentionPattern",
+    "attention_pattern",
     "Position",
     "PositionEffects",
     "position_effects",
+    "position_verdict",
     # experiments
     "KappaSweep",
     "KappaChoice",
@@ -116,6 +122,9 @@ __all__ = [
     "choose_kappa",
     "effect",
     "verdict",
+    "ComponentEffects",
+    "mask_components",
+    "component_effects",
     # figures and errors
     "plot",
     "TomsparseError",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tl_tomsparse._checks import TomsparseError
+
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
-GREY = "#95a5a6"
+GREY, RED = "#95a5a6", "#c0392b"
 
 
 def step(n: int) -> int:
@@ -29,3 +32,13 @@ def finish(figure: go.Figure, *, height: int) -> go.Figure:
         legend=legend(),
         font={"family": "system-ui, sans-serif", "size": 13},
     )
+
+
+def one_edit(frame: pd.DataFrame) -> None:
+    """Refuse rows of several edits, which a figure would pile up."""
+    edits = list(frame.edit.unique()) if "edit" in frame else []
+    if len(edits) > 1:
+        raise TomsparseError(
+            f"The rows are of several edits ({', '.join(edits)}); pass those of one, as "
+            f"frame[frame.edit == {edits[0]!r}]."
+        )

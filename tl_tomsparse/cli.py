@@ -63,6 +63,9 @@ def run(
     windows: Annotated[
         int, typer.Option(help="Windows of general text for the sensitivity.")
     ] = _DEFAULT.windows,
+    position_stories: Annotated[
+        int, typer.Option(help="Held-out stories on which frequencies, angles and sinks are measured.")
+    ] = _DEFAULT.position_stories,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = _DEFAULT.length,
     kappas: Annotated[str, typer.Option(help='Sparsities of the sweep, "1e-5,2e-5", or "auto".')] = "auto",
     matrices: Annotated[str, typer.Option(help="Which weights: some of Q,K,V,O,gate,in,out.")] = ",".join(
@@ -89,6 +92,7 @@ def run(
             test_stories=test_stories,
             text=tuple(str(path) for path in text or ()),
             windows=windows,
+            position_stories=position_stories,
             length=length,
             kappas=_kappas(kappas),
             matrices=tuple(name.strip() for name in matrices.split(",") if name.strip()),
@@ -113,7 +117,7 @@ def run(
     except KeyboardInterrupt:
         typer.echo(f"\ntomsparse: stopped. The same command continues in {out}.", err=True)
         raise typer.Exit(130) from None
-    for claim in result.claims:
+    for claim in (*result.claims, *result.position_claims):
         typer.echo(f"{claim.status:>13}  {claim.claim.replace('_', ' ')}: {claim.sentence}")
     typer.echo(f"\n{out / 'report.html'}")
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONTRAST = "false_belief - true_belief"
-_HELD_OUT = "an effect is measured on held-out stories; pass stories of the split 'test'"
+HELD_OUT = "an effect is measured on held-out stories; pass stories of the split 'test'"
 EXACT, RANGE = "exact binomial 95 %", "range over seeds"
 
 
@@ -127,7 +127,7 @@ def effect(
         )
     check_positive("n_random", n_random)
     check_positive("n_draws", n_draws)
-    check_split(stories, ("train", "dev"), _HELD_OUT)
+    check_split(stories, ("train", "dev"), HELD_OUT)
     scoring = prepare_scoring(model, stories, prepend_bos=prepend_bos, batch_tokens=batch_tokens, pack=True)
     prepared_text = prepare_text(model, text, batch_tokens=batch_tokens)
     meter = PointMeter(model, scoring, prepared_text, operator=operator, on_point=on_point, resume=resume)

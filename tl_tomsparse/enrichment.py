@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Kind = Literal["matrix", "row", "column"]
+Half = Literal["slow", "fast"]
 Counts = NDArray[np.int64]
 NOT_ROTATED = -1
 
@@ -96,14 +97,17 @@ def mask_by_frequency(
     return pd.DataFrame(rows)
 
 
-def at_frequencies(model: Any, mask: SparseMask, frequencies: Collection[int] | pd.DataFrame) -> SparseMask:
+def at_frequencies(
+    model: Any, mask: SparseMask, frequencies: Half | Collection[int] | pd.DataFrame
+) -> SparseMask:
     """The entries of a mask in Q and K that make these rotary frequencies; its complement is `mask - it`.
 
     Args:
         model: that the mask was made from.
         mask: with entries in Q or K.
-        frequencies: numbers, the same in all heads; or rows with layer, part ("q" or "k"), head (key-value
-            head for "k") and frequency, such as [`FrequencyNorms.dominant`][] gives.
+        frequencies: "slow" or "fast", the slower or faster half of each layer's ([`RotaryLayer.slow`][]);
+            numbers, the same in all heads; or rows with layer, part ("q" or "k"), head (key-value head for
+            "k") and frequency, such as [`FrequencyNorms.dominant`][] gives.
 
     Raises:
         TomsparseError: no layer with a rotation; a mask of other weights or without entries in Q and K; a
@@ -121,7 +125,7 @@ def at_frequencies(model: Any, mask: SparseMask, frequencies: Collection[int] | 
 def share_at_frequencies(
     model: Any,
     mask: SparseMask,
-    frequencies: Collection[int] | pd.DataFrame,
+    frequencies: Half | Collection[int] | pd.DataFrame,
     *,
     matches: Collection[Kind] = ("matrix", "row"),
     n_random: int = 1000,
@@ -190,7 +194,9 @@ def mask_rank(
     Returns:
         One row a layer and matrix, and one a matrix with the means over its layers (layer -1): layer, matrix,
         entries, rank, and for each kind the mean rank of the random masks with their smallest and largest
-        (`random_row`, `random_row_low`, `random_row_high` ...), and how many are as low (`as_low_row` ...).
+        (`random_row`, `random_row_low`, `random_row_high` ...), how many are as low (`as_low_row` ...), and
+        p-values of "not lower" (`p_row` ...; Student's t of one more draw, doubled as two-sided ones, with
+        ranks taken as normal and at least as spread as rounding to whole numbers makes them; ours).
 
     Raises:
         TomsparseError: a mask of other weights or without entries in Q and K; an unknown kind; an active
@@ -222,7 +228,7 @@ def mask_rank(
             values = np.array([one.get((layer, matrix), 0) for one in drawn])
             named = f"random_{match}"
             row |= {named: values.mean(), f"{named}_low": values.min(), f"{named}_high": values.max()}
-            row[f"as_low_{match}"] = int((values <= rank).sum())
+            row |= {f"as_low_{match}": int((values <= rank).sum()), f"p_{match}": _p_lower(rank, values)}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -272,7 +278,7 @@ def _frequencies(mask: SparseMask, layout: RotaryLayout, width: int) -> dict[Key
 
 
 def _chosen(
-    mask: SparseMask, layout: RotaryLayout, frequencies: Collection[int] | pd.DataFrame
+    mask: SparseMask, layout: RotaryLayout, frequencies: Half | Collection[int] | pd.DataFrame
 ) -> dict[Key, Tensor]:
     """For each matrix `[heads, d_head]`: 1 where a dimension makes one of the frequencies, else 0."""
     import pandas as pd
@@ -288,6 +294,14 @@ def _chosen(
         wanted = [
             ((int(layer), str(part).upper()), int(head), int(m))
             for layer, part, head, m in frequencies[names].itertuples(index=False)
+        ]
+    elif isinstance(frequencies, str):
+        check_choice("frequencies", frequencies, get_args(Half))
+        wanted = [
+            (key, head, m)
+            for key, axes in chosen.items()
+            for head in range(len(axes))
+            for m in (layout[key[0]].slow == (frequencies == "slow")).nonzero()[:, 0].tolist()
         ]
     else:
         wanted = [
@@ -359,6 +373,17 @@ def _rank(weight: Tensor, key: Key, index: Tensor) -> int:
     small = torch.zeros(len(rows[0]), len(columns[0]), dtype=torch.float64)
     small[rows[1], columns[1]] = weight.detach().cpu().double().reshape(-1)[index]
     return int(torch.linalg.matrix_rank(small))
+
+
+def _p_lower(value: float, drawn: NDArray[np.number]) -> float:
+    """That one more draw is as low as the value; nan with one draw, whose spread is not known."""
+    from scipy.stats import t as student
+
+    n = len(drawn)
+    if n < 2:
+        return float("nan")
+    spread = ((np.var(drawn, ddof=1) + 1 / 12) * (1 + 1 / n)) ** 0.5
+    return float(min(1.0, 2 * student.cdf((value - drawn.mean()) / spread, n - 1)))
 
 
 def _two_sided(value: float, drawn: NDArray[np.number]) -> float:

@@ -1,4 +1,4 @@
-"""The whole path in one folder: stories, sensitivities, sweep, mask, effect on held-out stories, page.
+"""The whole path in one folder: stories, sensitivities, sweep, mask, effect on others, position, page.
 
     run.json                          what was asked, of which weights, by which versions: written first
     sensitivity_{tom,general}.*       the two Fisher diagonals
@@ -9,7 +9,8 @@
 
 Each file is written whole or not at all. A run that was stopped continues in the same folder; a folder of
 another run is refused. Sensitivities come from stories of the split "train", kappa from "dev", and what is
-reported from "test"; real text is cut into three parts in the same way.
+reported from "test"; real text is cut into three parts in the same way. Position (a pass over a few stories
+for each random mask) is measured anew when a run is continued; the same numbers come out.
 """
 
 from __future__ import annotations
@@ -18,30 +19,35 @@ import json
 import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from tl_tomsparse._artifacts import write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
 from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points
+from tl_tomsparse._material import Material, make_material, read_text
 from tl_tomsparse._model import MATRICES, view
 from tl_tomsparse._points import json_rows
-from tl_tomsparse._prepared import prepare_scoring, prepare_text
+from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.effect import Effect, effect
 from tl_tomsparse.experiment import KappaChoice, KappaSweep, arm_masks, auto_kappas, choose_kappa, kappa_sweep
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.models import load_model
-from tl_tomsparse.samples import Samples, story_samples, text_samples
+from tl_tomsparse.patterns import AttentionPattern, attention_pattern
+from tl_tomsparse.position import PositionEffects, position_effects
+from tl_tomsparse.position_verdict import position_verdict
+from tl_tomsparse.samples import Samples
 from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
-from tl_tomsparse.stories import Story, generate_stories, generate_texts
+from tl_tomsparse.stories import Story
 from tl_tomsparse.verdict import Claim, verdict
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-_FEWEST_WINDOWS = 10  # for a claim about perplexity
 _PACKAGES = ("tl-tomsparse", "transformer-lens", "transformers", "torch", "numpy")
 
 
@@ -58,6 +64,7 @@ class RunSettings:
         text: files of real text; none for generated text.
         windows: text windows for the general sensitivity; a quarter as many (at least 10) for the perplexity
             of the effect, half of these for the sweep's, which is measured ten times as often.
+        position_stories: held-out stories on which position is measured (of twins only one).
         length: tokens of a window.
         kappas: sparsities of the sweep, or "auto".
         matrices: which weights.
@@ -75,6 +82,7 @@ class RunSettings:
     test_stories: int = 240
     text: tuple[str, ...] = ()
     windows: int = 200
+    position_stories: int = 40
     length: int = 128
     kappas: Literal["auto"] | tuple[float, ...] = "auto"
     matrices: tuple[str, ...] = ("Q", "K")
@@ -91,7 +99,7 @@ class RunSettings:
             TomsparseError: a count below one, an unknown matrix or dtype, a kappa outside [0, 1], a text
                 file that cannot be read.
         """
-        for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks"):
+        for name in ("stories", "dev_stories", "test_stories", "windows", "position_stories", "random_masks"):
             check_positive(name, getattr(self, name))
         for matrix in self.matrices:
             check_choice("matrices", matrix, MATRICES)
@@ -112,7 +120,7 @@ class RunSettings:
         if self.seed < 0:
             raise TomsparseError(f"seed={self.seed!r} must be 0 or more.")
         for path in self.text:
-            _read_text(Path(path))
+            read_text(Path(path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +134,10 @@ class RunResult:
         masks: "mask", "general_only", "tom_only" at the chosen kappa.
         effect: on held-out stories.
         claims: read off the effect.
+        position: on held-out stories, of the edit "mask".
+        position_claims: read off it.
+        patterns: attention over the shortest of these stories of the head that attends most to its first
+            token, unedited and under the mask.
         stories: the held-out stories, for showing some.
     """
 
@@ -136,6 +148,9 @@ class RunResult:
     masks: Mapping[str, SparseMask]
     effect: Effect = field(repr=False)
     claims: Sequence[Claim]
+    position: PositionEffects = field(repr=False)
+    position_claims: Sequence[Claim]
+    patterns: tuple[AttentionPattern, AttentionPattern] = field(repr=False)
     stories: Sequence[Story] = field(repr=False)
 
 
@@ -171,7 +186,7 @@ def run_pipeline(
     )
     _check_model(model, settings)
     progress("Making stories and texts")
-    material = _material(model, settings)
+    material = make_material(model, settings)
     with opened_folder(out):
         facts = claim_folder(
             out, _facts(model, settings, material, command or f"run_pipeline({settings!r}, ...)")
@@ -208,79 +223,48 @@ def run_pipeline(
             found = effect(
                 model, masks, stories=material.test, text=material.test_text, kappa=choice.kappa, **shared
             )
-        claims = verdict(found)
-        result = RunResult(settings, facts, sweep, choice, masks, found, claims, material.test)
+        progress(f"Position on {len(material.position)} held-out stories")
+        position, patterns = _position(model, material.position, masks["mask"], settings, show_progress)
+        result = RunResult(
+            settings,
+            facts,
+            sweep,
+            choice,
+            masks,
+            effect=found,
+            claims=verdict(found),
+            position=position,
+            position_claims=position_verdict(position),
+            patterns=patterns,
+            stories=material.test,
+        )
         progress("Writing the page")
         _write_results(out, result)
         write_report(out / "report.html", result)
     return result
 
 
-@dataclass(frozen=True, eq=False)
-class _Material:
-    tom: Samples
-    general: Samples
-    dev: list[Story]
-    dev_text: Samples
-    test: list[Story]
-    test_text: Samples
-    digest: str
-
-
-def _material(model: Any, settings: RunSettings) -> _Material:
-    """All samples, made (and refused) before the long work begins."""
-    texts = _texts(settings)
-    bos, seed = settings.prepend_bos, settings.seed
-
-    def windows(part: str, n: int) -> Samples:
-        try:
-            return text_samples(model, texts[part], n=n, length=settings.length, prepend_bos=bos, seed=seed)
-        except TomsparseError as error:
-            raise TomsparseError(
-                f"The {part} part of the general text: {error} (--text, --windows, --length)"
-            ) from None
-
-    false_belief = generate_stories(settings.stories, seed=seed, split="train", conditions=("false_belief",))
-    tom = story_samples(model, false_belief, prepend_bos=bos)
-    dev, test = (
-        generate_stories(n, seed=seed, split=split)
-        for n, split in ((settings.dev_stories, "dev"), (settings.test_stories, "test"))
+def _position(
+    model: Any, samples: Samples, mask: SparseMask, settings: RunSettings, show_progress: bool
+) -> tuple[PositionEffects, tuple[AttentionPattern, AttentionPattern]]:
+    edit = SparseEdit.mean(model, mask)
+    found = position_effects(
+        model,
+        samples,
+        {"mask": edit},
+        n_random=settings.random_masks,
+        seed=settings.seed,
+        show_progress=show_progress,
     )
-    held_out = max(_FEWEST_WINDOWS, settings.windows // 4)
-    sizes = {"train": settings.windows, "dev": held_out // 2, "test": held_out}
-    text = [windows(part, n) for part, n in sizes.items()]
-    digest = blake2b(digest_size=16)
-    for samples in (tom, *text):
-        digest.update(prepare_text(model, samples).reads.digest.encode())
-    for stories in (dev, test):
-        digest.update(prepare_scoring(model, stories, prepend_bos=bos, pack=True).digest.encode())
-    return _Material(tom, text[0], dev, text[1], test, text[2], digest.hexdigest())
-
-
-def _texts(settings: RunSettings) -> dict[str, list[str]]:
-    parts = ("train", "dev", "test")
-    if not settings.text:
-        # About 110 tokens a text; longer windows need more of them.
-        each = 1 + max(settings.windows, _FEWEST_WINDOWS) * max(1, settings.length // 64)
-        return {part: generate_texts(each, seed=settings.seed, split=part) for part in parts}
-    whole = "\n".join(_read_text(Path(path)) for path in settings.text)
-    cuts = [0, len(whole) * 6 // 10, len(whole) * 8 // 10, len(whole)]
-    return {part: [whole[start:end]] for part, start, end in zip(parts, cuts, cuts[1:])}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise TomsparseError(
-            f"The text file {path} cannot be read: {reason}. Pass a file of UTF-8 text."
-        ) from error
-    if not text.strip() or "\0" in text:
-        raise TomsparseError(
-            f"{path} {'holds no text' if not text.strip() else 'is no text file'}; pass a file of UTF-8 text."
-        )
-    return text
+    heads = found.before.attention.to_frame()
+    top = heads.loc[heads.attention.idxmax()]
+    asked: dict[str, Any] = {
+        "heads": [(int(top.layer), int(top["head"]))],
+        "sample": samples.ids[int(samples.lengths.argmin())],
+    }
+    before = attention_pattern(model, samples, **asked)
+    with edit.applied(model):
+        return found, (before, attention_pattern(model, samples, **asked))
 
 
 def _sensitivity(
@@ -297,7 +281,7 @@ def _sensitivity(
     return values
 
 
-def _facts(model: Any, settings: RunSettings, material: _Material, command: str) -> dict[str, Any]:
+def _facts(model: Any, settings: RunSettings, material: Material, command: str) -> dict[str, Any]:
     model_view = view(model)
 
     def count(matrices: Collection[str]) -> int:
@@ -353,6 +337,7 @@ def _write_results(out: Path, result: RunResult) -> None:
         "answers": result.effect.answers,
         "choice": result.choice.table.reset_index(),
         "mask_entries": result.masks["mask"].to_frame(),
+        **_position_frames(result.position),
     }
     for name, frame in frames.items():
         write_bytes(out / f"{name}.parquet", frame.to_parquet(index=False))
@@ -363,7 +348,24 @@ def _write_results(out: Path, result: RunResult) -> None:
             "verdict": [claim.to_dict() for claim in result.claims],
             "choice": result.choice.to_dict(),
             "effect": result.effect.to_dict(),
+            "position_verdict": [claim.to_dict() for claim in result.position_claims],
+            "position": result.position.to_dict(),
             "sweep": result.sweep.to_dict(),
             **{name: json_rows(frames[name]) for name in ("answers", "mask_entries")},
         },
     )
+
+
+def _position_frames(position: PositionEffects) -> dict[str, pd.DataFrame]:
+    """Those that have rows: without a rotation some have none."""
+    frames = {
+        "position": position.summary,
+        "position_heads": position.heads,
+        "position_frequencies": position.frequencies,
+        "position_sinks": position.sinks,
+        "position_degrees": position.degrees,
+        "position_by_frequency": position.by_frequency,
+        "position_shares": position.shares,
+        "position_ranks": position.ranks,
+    }
+    return {name: frame for name, frame in frames.items() if len(frame)}

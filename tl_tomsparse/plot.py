@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import proportion_interval
-from tl_tomsparse._plot_position import bos_angles, frequency_norms, mask_by_frequency, sinks
+from tl_tomsparse._plot_components import component_effects
+from tl_tomsparse._plot_frequencies import frequency_norms, mask_by_frequency
+from tl_tomsparse._plot_sinks import angle_histogram, attention, bos_angles, sinks
 from tl_tomsparse._plot_style import GREY, finish, legend, step
 
 if TYPE_CHECKING:
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 __all__ = [
     "LABELS",
     "accuracy",
+    "angle_histogram",
+    "attention",
     "bos_angles",
+    "component_effects",
     "frequency_norms",
     "kappa_sweep",
     "mask_by_frequency",

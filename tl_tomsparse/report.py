@@ -7,17 +7,18 @@ effect was found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tl_tomsparse import plot
 from tl_tomsparse._artifacts import write_text
+from tl_tomsparse._report_parts import Figures, claims_table, html_table
+from tl_tomsparse._report_position import position_section
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
     from tl_tomsparse.mask import SparseMask
     from tl_tomsparse.pipeline import RunResult
@@ -29,7 +30,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #17202a; background: #fff; margin: 0 auto;
   max-width: 980px; padding: 24px; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3em; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2em 0 .5em; }
+h2 { font-size: 1.2rem; margin: 2em 0 .5em; } h3 { font-size: 1rem; margin: 1.6em 0 .3em; }
 p { max-width: 46em; } .lead { font-size: 1.1rem; } .quiet { color: #566573; font-size: .9rem; }
 table { border-collapse: collapse; font-size: .92rem; margin: .6em 0; }
 th, td { padding: .3em .7em; text-align: right; } th:first-child, td:first-child { text-align: left; }
@@ -66,7 +67,7 @@ def write_report(path: str | Path, result: RunResult) -> None:
 
 def report_html(result: RunResult) -> str:
     """The page of a run as HTML without any outside resource."""
-    figures = _Figures()
+    figures = Figures()
     name = result.facts["identity"]["name"]
     mask = result.masks["mask"]
     chosen = f"{escape(result.choice.reason)} Chosen on dev stories; nothing was chosen on held-out ones."
@@ -74,7 +75,8 @@ def report_html(result: RunResult) -> str:
         f"<h1>Which few weights do {escape(name)}’s false-belief answers hang on?</h1>",
         _verdict_in_short(result.claims[0]),
         "<h2>Verdict</h2>",
-        _claims(result),
+        claims_table(result.claims[1:]),
+        _how_decided(result),
         "<h2>What was asked</h2>",
         _question(result),
         _settings(result),
@@ -89,6 +91,8 @@ def report_html(result: RunResult) -> str:
         "<h2>Where the masked weights lie</h2>",
         _places(mask),
         figures.add(plot.mask_places(mask), width=_width(mask)) if len(mask) else "",
+        "<h2>Position: rotary frequencies and the attention sink</h2>",
+        *position_section(result, figures),
         "<h2>Some stories</h2>",
         _stories(result),
         "<h2>Files, command and versions</h2>",
@@ -102,24 +106,6 @@ def report_html(result: RunResult) -> str:
     )
 
 
-class _Figures:
-    """Figures as HTML; the first one brings plotly.js along."""
-
-    def __init__(self) -> None:
-        self._n = 0
-
-    def add(self, figure: go.Figure, *, width: int = 0) -> str:
-        """A figure as wide as the page; where that is less than `width` pixels, it scrolls."""
-        self._n += 1
-        html = figure.to_html(
-            full_html=False,
-            include_plotlyjs=self._n == 1,
-            div_id=f"figure-{self._n}",
-            config={"displayModeBar": False, "responsive": True},
-        )
-        return f'<div class="scroll"><div style="min-width: {width}px">{html}</div></div>'
-
-
 def _width(mask: SparseMask) -> int:
     """Pixels in which a figure of a mask's places can be read."""
     heads = {name: shape[0] if len(shape) == 3 else 2 for (_, name), shape in mask.shapes.items()}
@@ -130,16 +116,9 @@ def _verdict_in_short(whole: Claim) -> str:
     return f'<p class="lead"><strong>{_IN_SHORT[whole.status]}</strong> {escape(whole.sentence)}</p>'
 
 
-def _claims(result: RunResult) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(claim.claim.replace('_', ' '))}</td>"
-        f'<td><span class="status {claim.status.replace(" ", "-")}">{claim.status}</span></td>'
-        f"<td>{escape(claim.sentence)}</td></tr>"
-        for claim in result.claims[1:]
-    )
+def _how_decided(result: RunResult) -> str:
     meta = result.effect.meta
     return (
-        f'<table class="claims"><tbody>{rows}</tbody></table>'
         '<p class="quiet">Computed from the intervals below. '
         "“Stays” means that the whole 95 % interval of the change lies within "
         f"{100 * meta['accuracy_margin']:g} points (perplexity: {100 * meta['perplexity_margin']:g} %). "
@@ -175,6 +154,7 @@ def _settings(result: RunResult) -> str:
         "general text": f"{settings.windows} windows of {settings.length} tokens (sensitivity), "
         f"{meta['n_text_samples']} held out (perplexity)",
         "controls": f"{settings.random_masks} random masks, the general-only and the ToM-only mask",
+        "position": f"{result.position.meta['n_samples']} held-out stories",
         "BOS token": f"{result.facts['bos_token']}, first in every sample"
         if settings.prepend_bos
         else "none",
@@ -200,7 +180,7 @@ def _accuracy_table(result: RunResult) -> str:
         about = f"<td>{int(of.n['before'])}</td><td>{100 * of.chance['before']:.0f} %</td>"
         rows.append(f"<tr><td>{escape(plot.LABELS[measure])}</td>{about}{cells}</tr>")
     return (
-        f"{_table(f'<th></th><th>n</th><th>chance</th>{head}', rows)}"
+        f"{html_table(f'<th></th><th>n</th><th>chance</th>{head}', rows)}"
         '<p class="quiet">Intervals are exact binomial ones of 95 %; for random masks the mean over seeds '
         "and the range. “All agents of a story” counts a story only if the belief of every agent in it is "
         "right, where these differ: an answer that looks at the story but not at the agent fails it.</p>"
@@ -215,7 +195,7 @@ def _perplexity_table(table: pd.DataFrame, weights: dict[str, int]) -> str:
         for arm in _ARMS
         if arm in of.index
     ]
-    return _table("<th></th><th>weights</th><th>perplexity</th><th>ratio to unedited</th>", rows)
+    return html_table("<th></th><th>weights</th><th>perplexity</th><th>ratio to unedited</th>", rows)
 
 
 def _places(mask: SparseMask) -> str:
@@ -268,7 +248,7 @@ def _story(story: Story, answers: pd.DataFrame) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     about = f"{story.id}, {story.scenario}, {story.condition.replace('_', ' ')} of {story.protagonist}"
     return (
-        f'<div class="story"><p>{escape(story.text)}</p>{_table(head, rows)}'
+        f'<div class="story"><p>{escape(story.text)}</p>{html_table(head, rows)}'
         f'<p class="quiet">{escape(about)}</p></div>'
     )
 
@@ -283,7 +263,8 @@ def _files(result: RunResult) -> str:
         "device": facts["device"],
         "weights": f"fingerprint {identity['fingerprint']}, basis {identity['basis']}",
         "every number": "results.json; accuracy, random, perplexity, differences, answers, choice, sweep, "
-        "mask_entries .parquet",
+        "mask_entries, position*"
+        " .parquet",
         "tensors": "mask, mask_general_only, mask_tom_only, sensitivity_tom, sensitivity_general "
         ".safetensors",
     }
@@ -300,10 +281,3 @@ def _list(entries: Mapping[str, str], *, code: bool = False) -> str:
         for name, value in entries.items()
     ]
     return f"<dl>{''.join(rows)}</dl>"
-
-
-def _table(head: str, rows: Sequence[str]) -> str:
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError, check_positive
@@ -50,6 +50,13 @@ class RotaryLayer:
     def rotary_dim(self) -> int:
         """How many dimensions of a head are turned; the rest pass unchanged."""
         return 2 * len(self.frequencies)
+
+    @property
+    def slow(self) -> Bool[Tensor, " pairs"]:
+        """Which frequencies are of the slower half; with an odd number the middle one is not (ours)."""
+        slow = torch.zeros(len(self.frequencies), dtype=torch.bool)
+        slow[self.frequencies.argsort(stable=True)[: len(slow) // 2]] = True
+        return slow
 
     @property
     def wavelengths(self) -> Float[Tensor, " pairs"]:

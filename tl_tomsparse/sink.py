@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError
@@ -29,6 +29,9 @@ from tl_tomsparse.samples import Samples
 if TYPE_CHECKING:
     import pandas as pd
 
+_DEGREES = 180
+_CELLS, _CELLS_ON_CPU = 1 << 25, 1 << 18  # products of queries and keys held at once; in a CPU's cache
+
 
 @dataclass(frozen=True, eq=False)
 class BosAngles:
@@ -39,6 +42,8 @@ class BosAngles:
         to_others: the same for all other keys at or before the query, its own included.
         by_position: for each layer `[heads, pos]`: mean over samples of the angle to the token, by query
             position; nan up to the token, and where no sample is that long.
+        degrees: for each layer `[heads, 180]`, int64: how many queries have an angle to the token of 0 to 1
+            degrees, of 1 to 2 degrees, and so on.
         cosine: for each layer `[heads, pairs]`: what each frequency adds to the cosine with the token's key,
             a mean over queries of samples. What is not rotated is left out.
         position: of the token in each row.
@@ -50,6 +55,7 @@ class BosAngles:
     to_sink: Mapping[int, Float[Tensor, "n heads"]]
     to_others: Mapping[int, Float[Tensor, "n heads"]]
     by_position: Mapping[int, Float[Tensor, "heads pos"]]
+    degrees: Mapping[int, Int64[Tensor, "heads 180"]]
     cosine: Mapping[int, Float[Tensor, "heads pairs"]]
     position: int
     rotated: bool
@@ -58,7 +64,7 @@ class BosAngles:
 
     def __repr__(self) -> str:
         """One line."""
-        return f"BosAngles({len(self.ids)} samples, {_key_name(self.position, self.bos)})"
+        return f"BosAngles({len(self.ids)} samples, {key_name(self.position, self.bos)})"
 
     def to_frame(self, *, seed: int = 0) -> pd.DataFrame:
         """One row a layer and head: mean angle to the token and to other keys, and their difference, each
@@ -96,7 +102,7 @@ class SinkAttention:
 
     def __repr__(self) -> str:
         """One line."""
-        token = _key_name(self.position, self.bos)
+        token = key_name(self.position, self.bos)
         return f"SinkAttention({len(self.ids)} samples, {token}, sink rate {self.rate():.3f} at 0.3)"
 
     def rate(self, eps: float = 0.3) -> float:
@@ -164,41 +170,45 @@ def angles_measure(
     to_sink: dict[int, Tensor] = {}
     to_others: dict[int, Tensor] = {}
     by_position: dict[int, Tensor] = {}
+    histograms: dict[int, Tensor] = {}
     cosine: dict[int, Tensor] = {}
     queries: dict[int, Tensor] = {}
+
+    def begin(layer: int, heads: int) -> None:
+        for kept in (to_sink, to_others):
+            kept[layer] = torch.full((n, heads), torch.nan, dtype=torch.float64)
+        by_position[layer] = torch.zeros(heads, longest, dtype=torch.float64)
+        histograms[layer] = torch.zeros(heads, _DEGREES, dtype=torch.int64)
+        cosine[layer] = torch.zeros(heads, len(rotations[layer].frequencies), dtype=torch.float64)
 
     def store(layer: int, part: str, value: Tensor) -> None:
         if not rotated:
             places = torch.arange(value.shape[1], device=value.device)[None].expand(value.shape[:2])
             value = rotations[layer].turn(value, places, back=True)
         if part == "q":
-            queries[layer] = value.double()
+            queries[layer] = _directions(value)
             return
-        q, k = queries.pop(layer), value.double()
+        q, k = queries.pop(layer), _directions(value)
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-        q, k = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (q, k))
+        key = k[:, position].double()
+        heads = q.shape[2]
+        if layer not in to_sink:
+            begin(layer, heads)
         after = now.mask.clone()
         after[:, : position + 1] = False
         count = after.sum(1).double()
-        degrees = torch.einsum("bqhd,bkhd->bhqk", q, k).clamp(-1, 1).arccos().rad2deg()
-        chosen = degrees[..., position] * after[:, None]
-        visible = (now.mask[:, None] & now.mask[:, :, None]).tril() & after[:, :, None]
-        visible[:, :, position] = False
-        heads = q.shape[2]
-        if layer not in to_sink:
-            for kept in (to_sink, to_others):
-                kept[layer] = torch.full((n, heads), torch.nan, dtype=torch.float64)
-            by_position[layer] = torch.zeros(heads, longest, dtype=torch.float64)
-            cosine[layer] = torch.zeros(heads, len(rotations[layer].frequencies), dtype=torch.float64)
+        degrees = torch.einsum("bqhd,bhd->bhq", q.double(), key).clamp(-1, 1).arccos().rad2deg()
+        chosen = degrees * after[:, None]
         to_sink[layer][now.rows] = (chosen.sum(-1) / count[:, None]).cpu()
-        others = (degrees * visible[:, None]).sum((-1, -2)) / visible.sum((1, 2))[:, None].double()
-        to_others[layer][now.rows] = others.cpu()
         by_position[layer][:, : chosen.shape[-1]] += chosen.sum(0).cpu()
+        histograms[layer] += _histogram(degrees, after)
+        # Besides the token, a query sees as many keys as its position says.
+        pairs = (after * torch.arange(after.shape[1], device=after.device)).sum(1).double()
+        to_others[layer][now.rows] = (_other_angles(q, k, after, position) / pairs[:, None]).cpu()
+        mean = torch.einsum("bqhd,bq->bhd", q.double(), after / count[:, None])
         first, second = (axes.to(q.device) for axes in (rotations[layer].first, rotations[layer].second))
-        key = k[:, position, None]
-        parts = q[..., first] * key[..., first] + q[..., second] * key[..., second]
-        means = (parts * after[..., None, None]).sum(1) / count[:, None, None]
-        cosine[layer] += means.sum(0).cpu() / n
+        parts = mean[..., first] * key[..., first] + mean[..., second] * key[..., second]
+        cosine[layer] += parts.sum(0).cpu() / n
 
     def result() -> BosAngles:
         after = samples.attention_mask.clone()
@@ -207,10 +217,45 @@ def angles_measure(
         counts[counts == 0] = torch.nan
         means = {layer: total / counts for layer, total in by_position.items()}
         return BosAngles(
-            to_sink, to_others, means, cosine, position, rotated, samples.bos, samples.ids
-        )  # fmt: skip
+            to_sink, to_others, means, histograms, cosine, position, rotated, samples.bos, samples.ids
+        )
 
     return Measure(seen.rotated_hooks(sorted(rotations), store), result)
+
+
+def _directions(value: Tensor) -> Tensor:
+    """Of length one, in float32 or better."""
+    exact = value if value.dtype == torch.float64 else value.float()
+    return exact / exact.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(exact.dtype).tiny)
+
+
+def _histogram(degrees: Tensor, counted: Tensor) -> Tensor:
+    """`[heads, 180]` from angles `[batch, heads, query]`; those of exactly 180 are with the last."""
+    heads = degrees.shape[1]
+    bins = (
+        degrees.long().clamp_max(_DEGREES - 1)
+        + _DEGREES * torch.arange(heads, device=degrees.device)[:, None]
+    )
+    chosen = bins.transpose(1, 2)[counted]
+    return torch.bincount(chosen.flatten(), minlength=heads * _DEGREES).view(heads, _DEGREES).cpu()
+
+
+def _other_angles(q: Tensor, k: Tensor, after: Tensor, position: int) -> Tensor:
+    """`[batch, heads]`, float64: sum of the angles in degrees of each query that counts with every key at or
+    before it but one. Some queries at a time, so that no `[query, key]` is held for a whole row.
+    """
+    batch, length, heads, _ = q.shape
+    cells = _CELLS_ON_CPU if q.device.type == "cpu" else _CELLS
+    step = max(1, cells // (batch * heads * length))
+    total = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
+    for start in range(position + 1, length, step):
+        end = min(start + step, length)
+        cosine = torch.einsum("bqhd,bkhd->bhqk", q[:, start:end], k[:, :end])
+        visible = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
+        visible[:, position] = False
+        angles = cosine.clamp_(-1, 1).arccos_().mul_(visible)
+        total += torch.einsum("bhq,bq->bh", angles.sum(-1, dtype=torch.float64), after[:, start:end].double())
+    return total.rad2deg()
 
 
 def sink_attention(
@@ -340,7 +385,8 @@ def check_threshold(value: float) -> None:
         raise TomsparseError(f"A threshold of attention lies in [0, 1), not {value}.")
 
 
-def _key_name(position: int, bos: bool) -> str:
+def key_name(position: int, bos: bool) -> str:
+    """The token that is asked about, in words."""
     if position:
         return f"token {position}"
     return "BOS" if bos else "the first token (no BOS)"

@@ -18,7 +18,7 @@ this model, no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -54,7 +54,7 @@ class Claim:
         return asdict(self)
 
 
-class _Test(NamedTuple):
+class Test(NamedTuple):
     """A claim before Holm: why it cannot be tested, or its p-value, a further condition, its sentence."""
 
     claim: str
@@ -75,8 +75,16 @@ def verdict(effect: Effect) -> list[Claim]:
         reader.stays("reality"),
         reader.perplexity_stays(),
     ]
+    claims = [gate, *decide(tests)]
+    return [_together(claims, effect), *claims]
+
+
+def decide(tests: Sequence[Test]) -> list[Claim]:
+    """The claims of one family, in order: supported where the Holm-adjusted p-value and the further condition
+    allow it, not testable where there is an obstacle.
+    """
     adjusted = holm({test.claim: test.p for test in tests if test.obstacle is None})
-    claims = [gate]
+    claims = []
     for test in tests:
         if test.obstacle is not None:
             claims.append(Claim(test.claim, "not testable", _sentence(test.obstacle)))
@@ -85,7 +93,7 @@ def verdict(effect: Effect) -> list[Claim]:
         supported = p <= ALPHA and test.holds
         status: Status = "supported" if supported else "not supported"
         claims.append(Claim(test.claim, status, f"{test.sentence(supported)} Holm-adjusted p {_p(p)}.", p))
-    return [_together(claims, effect), *claims]
+    return claims
 
 
 class _Reader:
@@ -103,10 +111,10 @@ class _Reader:
         found = f"{self._before('false_belief')}; {self._before('paired')}"
         return Claim("tracks_beliefs", "supported" if all(able) else "not supported", f"{tracks}: {found}.")
 
-    def false_belief_falls(self, gate: Claim) -> _Test:
+    def false_belief_falls(self, gate: Claim) -> Test:
         name = "false_belief_falls"
         if (obstacle := self._empty or self._gated(gate)) is not None:
-            return _Test(name, obstacle, 1.0, False, str)
+            return Test(name, obstacle, 1.0, False, str)
         row = self._differences.loc[("mask - before", "false_belief")]
         margin = self.effect.meta["accuracy_margin"]
 
@@ -122,19 +130,19 @@ class _Reader:
                 f"No effect found: false-belief accuracy {found}; a fall of {_points(-row.low)} is possible."
             )
 
-        return _Test(name, None, float(row.p_below), True, sentence)
+        return Test(name, None, float(row.p_below), True, sentence)
 
-    def more_than_random(self, gate: Claim) -> _Test:
+    def more_than_random(self, gate: Claim) -> Test:
         name = "more_than_random"
         if (obstacle := self._empty or self._gated(gate)) is not None:
-            return _Test(name, obstacle, 1.0, False, str)
+            return Test(name, obstacle, 1.0, False, str)
         seeds = self.effect.random.false_belief
         needed = round(1 / ALPHA) - 1
         if len(seeds) < needed:
             few = (
                 f"{len(seeds)} random masks are too few to be lower than 95 % of them; use at least {needed}."
             )
-            return _Test(name, few, 1.0, False, str)
+            return Test(name, few, 1.0, False, str)
         row = self._differences.loc[("mask - random", "false_belief")]
         as_low = int((seeds <= self._accuracy.loc[("mask", "false_belief")].accuracy).sum())
         rank_p = (1 + as_low) / (1 + len(seeds))
@@ -142,21 +150,21 @@ class _Reader:
         def sentence(supported: bool) -> str:
             falls = "falls more" if supported else "is not shown to fall more"
             mask, random = self._share("mask", "false_belief"), self._share("random", "false_belief")
-            span = f"{_percent(seeds.min())} to {_percent(seeds.max())} over {len(seeds)} masks"
+            span = f"{percent(seeds.min())} to {percent(seeds.max())} over {len(seeds)} masks"
             return (
                 f"False-belief accuracy {falls} than under random masks of equal size: {mask} against a mean "
                 f"of {random} ({span}, {as_low} of them as low; {_change(row)})."
             )
 
-        return _Test(name, None, float(row.p_below), rank_p <= ALPHA + 1e-9, sentence)
+        return Test(name, None, float(row.p_below), rank_p <= ALPHA + 1e-9, sentence)
 
-    def stays(self, measure: str) -> _Test:
+    def stays(self, measure: str) -> Test:
         name, words = f"{measure}_stays", measure.replace("_", "-").capitalize()
         obstacle = self._empty or self._not_asked(measure)
         if obstacle is None and not self._above_chance(measure):
             obstacle = f"the unedited model is not above chance: {self._before(measure)}."
         if obstacle is not None:
-            return _Test(name, obstacle, 1.0, False, str)
+            return Test(name, obstacle, 1.0, False, str)
         row = self._differences.loc[("mask - before", measure)]
         margin = f"{_points(self.effect.meta['accuracy_margin'])}"
 
@@ -167,16 +175,16 @@ class _Reader:
             how = "falls" if row.high < 0 else "rises" if row.low > 0 else "is not shown to stay within"
             return f"{words} accuracy {how}{'' if row.high < 0 or row.low > 0 else ' ' + margin}: {found}."
 
-        return _Test(name, None, float(row.p_within), True, sentence)
+        return Test(name, None, float(row.p_within), True, sentence)
 
-    def perplexity_stays(self) -> _Test:
+    def perplexity_stays(self) -> Test:
         name = "perplexity_stays"
         n, margin = self.effect.meta["n_text_samples"], self.effect.meta["perplexity_margin"]
         obstacle = self._empty
         if obstacle is None and n < _FEWEST_SAMPLES:
             obstacle = f"{n} text samples are too few; use at least {_FEWEST_SAMPLES}."
         if obstacle is not None:
-            return _Test(name, obstacle, 1.0, False, str)
+            return Test(name, obstacle, 1.0, False, str)
         table = self.effect.perplexity.set_index("arm")
         before, row = table.loc["before"], table.loc["mask"]
 
@@ -188,7 +196,7 @@ class _Reader:
                 f"{row.high:.4f})."
             )
 
-        return _Test(name, None, float(row.p_within), True, sentence)
+        return Test(name, None, float(row.p_within), True, sentence)
 
     def _gated(self, gate: Claim) -> str | None:
         if gate.status == "supported":
@@ -210,12 +218,12 @@ class _Reader:
         row = self._accuracy.loc[("before", measure)]
         what = "stories" if measure == "paired" else "questions"
         return (
-            f"{measure.replace('_', '-')} accuracy {_percent(row.accuracy)} of {int(row.n)} {what} "
-            f"(95 % interval {_percent(row.low)} to {_percent(row.high)}, chance {_percent(row.chance)})"
+            f"{measure.replace('_', '-')} accuracy {percent(row.accuracy)} of {int(row.n)} {what} "
+            f"(95 % interval {percent(row.low)} to {percent(row.high)}, chance {percent(row.chance)})"
         )
 
     def _share(self, arm: str, measure: str) -> str:
-        return _percent(self._accuracy.loc[(arm, measure)].accuracy)
+        return percent(self._accuracy.loc[(arm, measure)].accuracy)
 
     def _move(self, measure: str, arm: str) -> str:
         n = int(self._accuracy.loc[("before", measure)].n)
@@ -243,7 +251,8 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """As it is written in sentences."""
     return f"{100 * share:.1f} %"
 
 

@@ -1,0 +1,271 @@
+"""Figures of rotary frequencies; a part of `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_tomsparse._checks import TomsparseError, check_choice
+from tl_tomsparse._plot_style import RED, finish, one_edit, step
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from tl_tomsparse.rotary import FrequencyNorms, RotaryLayer
+
+Floats = NDArray[np.floating[Any]]
+_TURN = ", a turn in "
+_MOST_ROWS = 100  # heads that are shown all at once; of more, layers first, and each layer's heads on request
+
+
+class _View(NamedTuple):
+    """What is shown at once: `[rows, frequencies]` of each panel, and what rows and columns are called."""
+
+    name: str
+    rows: str
+    labels: Sequence[Any]
+    columns: Sequence[str]
+    panels: Sequence[Floats]
+
+
+def frequency_norms(
+    norms: FrequencyNorms, *, part: str = "q", before: FrequencyNorms | None = None
+) -> go.Figure:
+    """Norm (root mean square) of each rotary frequency in each head, fast frequencies on the left.
+
+    With more than 100 heads rows are layers (root mean square over their heads), and a menu shows the heads
+    of one layer. All panels of norms have one range of colours.
+
+    Args:
+        norms: what to show.
+        part: "q" or "k" (key-value heads).
+        before: show these first, then `norms`, then the change.
+
+    Raises:
+        TomsparseError: another part, or norms of other layers and heads.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    check_choice("part", part, ("q", "k"))
+    views = _views(norms, part, before)
+    titles = ["norm"] if before is None else ["unedited", "edited", "edited − unedited"]
+    figure = make_subplots(
+        rows=1, cols=len(titles), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03
+    )
+    for number, view in enumerate(views):
+        for place, z in enumerate(view.panels):
+            figure.add_trace(
+                go.Heatmap(
+                    z=z,
+                    x=view.columns,
+                    y=view.labels,
+                    coloraxis="coloraxis2" if place == 2 else "coloraxis",
+                    visible=number == 0,
+                    hovertemplate=f"{view.rows} %{{y}}<br>frequency %{{x}}<br>"
+                    f"{'change of norm' if place == 2 else 'norm'} %{{z:.4g}}<extra></extra>",
+                ),
+                row=1,
+                col=1 + place,
+            )
+    figure.update_layout(_axes(views[0], part, len(titles)))
+    if len(views) > 1:
+        buttons = [
+            {
+                "label": view.name,
+                "method": "update",
+                "args": [
+                    {"visible": [shown == number for shown in range(len(views)) for _ in titles]},
+                    _axes(view, part, len(titles)),
+                ],
+            }
+            for number, view in enumerate(views)
+        ]
+        menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.12, "yanchor": "bottom"}
+        figure.update_layout(updatemenus=[menu])
+    rows = len(views[0].labels)
+    panel = round(max(5.0, min(16.0, 760 / rows)) * rows) if len(views) == 1 else 400
+    above, below = 90 if len(views) > 1 else 40, 130
+    _colours(figure, views, panel)
+    return finish(figure, height=above + panel + below).update_layout(margin={"t": above, "b": below})
+
+
+def _views(norms: FrequencyNorms, part: str, before: FrequencyNorms | None) -> list[_View]:
+    layout, layers = norms.layout, list(norms.layout)
+    shown = [norms] if before is None else [before, norms]
+    of: dict[int, list[Floats]] = {}
+    for layer in layers:
+        if before is not None:
+            old = before.rms.get((layer, part))
+            if old is None or old.shape != norms.rms[layer, part].shape:
+                raise TomsparseError("The norms before are of another model; measure both on the same one.")
+        of[layer] = [one.rms[layer, part].numpy() for one in shown]
+    width = max(len(layout[layer].frequencies) for layer in layers)
+    alike = len({tuple(layout[layer].frequencies.tolist()) for layer in layers}) == 1
+    columns = _columns(layout[layers[0]]) if alike else [str(m) for m in range(width)]
+
+    def view(name: str, rows: str, labels: Sequence[Any], columns: Sequence[str], values: list[Any]) -> _View:
+        if before is not None:
+            values = [*values, values[1] - values[0]]
+        return _View(name, rows, labels, columns, [value.astype(np.float32) for value in values])
+
+    def padded(value: Floats) -> Floats:
+        return np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=np.nan)
+
+    heads = [f"L{layer}H{head}" for layer in layers for head in range(len(of[layer][0]))]
+    kind = "head" if part == "q" else "key-value head"
+    if len(heads) <= _MOST_ROWS:
+        every = [np.concatenate([padded(of[layer][n]) for layer in layers]) for n in range(len(shown))]
+        return [view("all heads", kind, heads, columns, every)]
+    means = [
+        np.concatenate([padded((of[layer][n] ** 2).mean(0, keepdims=True) ** 0.5) for layer in layers])
+        for n in range(len(shown))
+    ]
+    each = [
+        view(
+            f"heads of layer {layer}", f"layer {layer}, {kind}", list(range(len(of[layer][0]))),
+            _columns(layout[layer]), of[layer],
+        )
+        for layer in layers
+    ]  # fmt: skip
+    return [view("all layers (over their heads)", "layer", layers, columns, means), *each]
+
+
+def _columns(layer: RotaryLayer) -> list[str]:
+    return [_column(m, wave) for m, wave in enumerate(layer.wavelengths.tolist())]
+
+
+def _axes(view: _View, part: str, n_panels: int) -> dict[str, Any]:
+    """Ticks name wavelengths, since numbers of frequencies say nothing; where layers differ, numbers."""
+    between = step(len(view.columns))
+    ticks = view.columns[:: between if n_panels == 1 else max(between, -(-len(view.columns) // 5))]
+    axes: dict[str, Any] = {}
+    for place in range(n_panels):
+        number = "" if place == 0 else str(place + 1)
+        axes[f"xaxis{number}.tickvals"], axes[f"xaxis{number}.ticktext"] = (
+            list(ticks),
+            list(map(_short, ticks)),
+        )
+        axes[f"xaxis{number}.title.text"] = _direction(view.columns[0])
+        axes[f"yaxis{number}.autorange"] = "reversed"
+        axes[f"yaxis{number}.dtick"] = step(len(view.labels))
+    return axes | {"yaxis.title.text": view.rows}
+
+
+def _colours(figure: go.Figure, views: Sequence[_View], height: int) -> None:
+    """One range for all norms, another one for all changes, each bar below its panels of this height."""
+    bar: dict[str, Any] = {"orientation": "h", "thickness": 12, "yanchor": "top", "y": -60 / height}
+    top = max(float(np.nanmax(panel)) for view in views for panel in view.panels[:2])
+    several = len(views[0].panels) > 1
+    figure.update_layout(
+        coloraxis={
+            "colorscale": "Viridis",
+            "cmin": 0,
+            "cmax": top or 1.0,
+            "colorbar": {**bar, "title": {"text": "norm", "side": "top"}, "x": 0.32 if several else 0.5}
+            | {"len": 0.6},
+        }
+    )
+    if several:
+        reach = max(float(np.nanmax(np.abs(view.panels[2]))) for view in views) or 1.0
+        figure.update_layout(
+            coloraxis2={
+                "colorscale": "RdBu",
+                "reversescale": True,
+                "cmin": -reach,
+                "cmax": reach,
+                "colorbar": {
+                    **bar,
+                    "title": {"text": "change of norm", "side": "top"},
+                    "x": 0.85,
+                    "len": 0.3,
+                },
+            }
+        )
+
+
+def mask_by_frequency(frame: pd.DataFrame) -> go.Figure:
+    """Entries of a mask at each rotary frequency (bars) over the range of random masks (grey: central 95 %).
+
+    Args:
+        frame: from [`mask_by_frequency`][tl_tomsparse.mask_by_frequency], of one mask.
+
+    Raises:
+        TomsparseError: rows of several edits.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    one_edit(frame)
+    matrices = list(dict.fromkeys(frame.matrix))
+    figure = make_subplots(
+        rows=len(matrices), cols=1, shared_xaxes=True, subplot_titles=[f"W_{m}" for m in matrices],
+        vertical_spacing=0.12,
+    )  # fmt: skip
+    waves = frame.wavelength if "wavelength" in frame else np.full(len(frame), np.nan)
+    names = ["not rotated" if m < 0 else _column(int(m), wave) for m, wave in zip(frame.frequency, waves)]
+    for row, matrix in enumerate(matrices, start=1):
+        there = (frame.matrix == matrix).to_numpy()
+        part, x = frame[there], [name for name, chosen in zip(names, there) if chosen]
+        figure.add_trace(
+            go.Bar(
+                x=x,
+                y=part.random_high - part.random_low,
+                base=part.random_low,
+                width=1,
+                name="random masks (central 95 %)",
+                marker={"color": "#bdc3c7", "line": {"width": 0}},
+                showlegend=row == 1,
+                customdata=part[["random_mean", "random_low", "random_high"]],
+                hovertemplate="frequency %{x}<br>%{customdata[0]:.1f} entries, "
+                "%{customdata[1]:.0f} to %{customdata[2]:.0f}<extra>random masks</extra>",
+            ),
+            row=row,
+            col=1,
+        )
+        figure.add_trace(
+            go.Bar(
+                x=x,
+                y=part.entries,
+                width=0.5,
+                name="mask",
+                marker={"color": RED, "line": {"width": 0}},
+                showlegend=row == 1,
+                customdata=part[["enrichment", "p"]],
+                hovertemplate="frequency %{x}<br>%{y} entries, %{customdata[0]:.2f} times a random mask "
+                "(p = %{customdata[1]:.3g})<extra>mask</extra>",
+            ),
+            row=row,
+            col=1,
+        )
+        figure.update_yaxes(title="entries", rangemode="tozero", row=row, col=1)
+    ticks = list(dict.fromkeys(names))
+    ticks = ticks[:: step(len(ticks))]
+    figure.update_xaxes(type="category", tickvals=ticks, ticktext=[_short(name) for name in ticks])
+    figure.update_xaxes(title=_direction(names[0]), row=len(matrices), col=1)
+    return finish(figure, height=120 + 220 * len(matrices)).update_layout(barmode="overlay")
+
+
+def _column(m: int, wave: float) -> str:
+    """What a frequency is called: by its wavelength, too, where one is known."""
+    return f"{m}{_TURN}{_rounded(wave)} tokens" if np.isfinite(wave) else str(m)
+
+
+def _short(column: str) -> str:
+    return column.partition(_TURN)[2].removesuffix(" tokens") or column
+
+
+def _direction(column: str) -> str:
+    return f"fast ← {'tokens for a turn' if _TURN in column else 'frequency'} → slow"
+
+
+def _rounded(wave: float) -> str:
+    """Three digits: 6.28, 354, 1.99k, 3.53M."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if wave >= 0.9995 * unit:
+            return f"{wave / unit:.3g}{letter}"
+    return f"{wave:.3g}"
