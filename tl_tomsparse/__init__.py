@@ -39,6 +39,7 @@ from .stories import (
     to_dataset,
     write_jsonl,
 )
+from .study import Study, StudySettings, study
 from .tune import Tuned, tune
 from .verdict import Claim, verdict
 
@@ -122,6 +123,9 @@ __all__ = [
     "choose_kappa",
     "effect",
     "verdict",
+    "Study",
+    "StudySettings",
+    "study",
     "ComponentEffects",
     "mask_components",
     "component_effects",

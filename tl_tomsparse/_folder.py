@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tl_tomsparse._points import PointRecord
 
 FORMAT = 1
 _START = ("command", "versions", "device")  # may differ when a run is continued
+_PACKAGES = ("tl-tomsparse", "transformer-lens", "transformers", "torch", "numpy")
 _POINT = {"key", "chosen", "margin", "nll"}
 
 
@@ -77,6 +80,11 @@ def claim_folder(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         claimed["earlier_starts"] = earlier["earlier_starts"] + ([] if same else [start])
     write_json(out / "run.json", claimed)
     return claimed
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers depend on, for `run.json`."""
+    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
 
 
 @contextmanager

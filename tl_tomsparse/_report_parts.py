@@ -12,6 +12,39 @@ if TYPE_CHECKING:
     from tl_tomsparse.verdict import Claim
 
 
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #17202a; background: #fff; margin: 0 auto;
+  max-width: 980px; padding: 24px; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3em; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2em 0 .5em; } h3 { font-size: 1rem; margin: 1.6em 0 .3em; }
+p { max-width: 46em; } .lead { font-size: 1.1rem; } .quiet { color: #566573; font-size: .9rem; }
+table { border-collapse: collapse; font-size: .92rem; margin: .6em 0; }
+th, td { padding: .3em .7em; text-align: right; } th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #17202a; vertical-align: bottom; white-space: nowrap; }
+tbody tr { border-bottom: 1px solid #e5e8e8; }
+small { color: #566573; display: block; white-space: nowrap; font-weight: 400; }
+.scroll { overflow-x: auto; } .claims td { text-align: left; vertical-align: top; }
+.claims td:first-child { white-space: nowrap; }
+.status { display: inline-block; white-space: nowrap; border-radius: 4px; padding: 0 .5em; font-size: .85rem;
+  font-weight: 600; }
+.supported { background: #d4efdf; color: #145a32; } .not-supported { background: #fadbd8; color: #78281f; }
+.not-testable { background: #e5e8e8; color: #2c3e50; }
+.story { border-left: 4px solid #d5d8dc; padding: .2em 1em; margin: 1em 0; }
+.story td, .story th { text-align: left; } .story td:first-child { min-width: 14em; }
+.wrong { color: #922b21; font-weight: 600; } .right { color: #1d6b3a; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15em 1em; font-size: .92rem; }
+dt { color: #566573; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  body { padding: 14px; } th, td { padding: .3em .45em; } .story { padding: .2em .6em; }
+  .claims tr { display: block; padding: .5em 0; }
+  .claims td { display: inline-block; padding: .1em .5em .1em 0; }
+  .claims td:last-child { display: block; } dl { grid-template-columns: 1fr; } dt { margin-top: .4em; }
+}
+"""
+
+
 class Figures:
     """Figures as HTML; the first one brings plotly.js along."""
 

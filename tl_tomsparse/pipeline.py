@@ -16,10 +16,8 @@ for each random mask) is measured anew when a run is continued; the same numbers
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,7 +25,7 @@ import torch
 
 from tl_tomsparse._artifacts import write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
-from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points
+from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
 from tl_tomsparse._material import Material, make_material, read_text
 from tl_tomsparse._model import MATRICES, view
 from tl_tomsparse._points import json_rows
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-_PACKAGES = ("tl-tomsparse", "transformer-lens", "transformers", "torch", "numpy")
 
 
 @dataclass(frozen=True)
@@ -296,7 +293,7 @@ def _facts(model: Any, settings: RunSettings, material: Material, command: str) 
         "samples": material.digest,
         "bos_token": model_view.tokenizer.bos_token if settings.prepend_bos else None,
         "device": str(model_view.device),
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
 
 

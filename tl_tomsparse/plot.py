@@ -16,6 +16,7 @@ from tl_tomsparse._intervals import proportion_interval
 from tl_tomsparse._plot_components import component_effects
 from tl_tomsparse._plot_frequencies import frequency_norms, mask_by_frequency
 from tl_tomsparse._plot_sinks import angle_histogram, attention, bos_angles, sinks
+from tl_tomsparse._plot_study import study_arms, study_doses, study_overlaps
 from tl_tomsparse._plot_style import GREY, finish, legend, step
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ __all__ = [
     "mask_by_frequency",
     "mask_places",
     "sinks",
+    "study_arms",
+    "study_doses",
+    "study_overlaps",
 ]
 
 LABELS = {

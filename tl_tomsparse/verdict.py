@@ -66,17 +66,22 @@ class Test(NamedTuple):
 
 def verdict(effect: Effect) -> list[Claim]:
     """The claims of an effect: first "selective_effect", which takes all of them, then one by one."""
+    gate, tests = gather(effect)
+    claims = [gate, *decide(tests)]
+    return [_together(claims, effect), *claims]
+
+
+def gather(effect: Effect) -> tuple[Claim, list[Test]]:
+    """The gate, and the claims before Holm, which other claims may join as one family."""
     reader = _Reader(effect)
     gate = reader.tracks_beliefs()
-    tests = [
+    return gate, [
         reader.false_belief_falls(gate),
         reader.more_than_random(gate),
         reader.stays("true_belief"),
         reader.stays("reality"),
         reader.perplexity_stays(),
     ]
-    claims = [gate, *decide(tests)]
-    return [_together(claims, effect), *claims]
 
 
 def decide(tests: Sequence[Test]) -> list[Claim]:

@@ -1,0 +1,296 @@
+"""Studies with planted answers, whose verdicts are known; and one of a model that cannot do the task."""
+
+from __future__ import annotations
+
+import json
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tl_tomsparse as tt
+from tests import tiny
+from tests.test_effect import ABLE, Planted
+from tl_tomsparse import _study_material, _study_measure
+from tl_tomsparse._model import view
+from tl_tomsparse._overlap import Overlap, overlap
+from tl_tomsparse._study_arms import DOSES, most_sensitive, random_part
+from tl_tomsparse._study_claims import Evidence, claims_of
+from tl_tomsparse._study_compare import Comparer
+from tl_tomsparse.effect import assemble
+from tl_tomsparse.loss_change import LossChange
+from tl_tomsparse.study import CONTROLS
+
+RANDOM = ("random_row", "random_pair")
+LOW = {"false_belief": 0.4}
+META = {"kappa": 1e-3, "seed": 0, "n_draws": 2000, "accuracy_margin": 0.05, "perplexity_margin": 0.05}
+
+
+def evidence(
+    rates: dict[str, dict[str, float]] | None = None,
+    *,
+    before: dict[str, float] | None = None,
+    n_random: int = 20,
+    halves: Overlap | None = None,
+    loss: tuple[float, float] = (0.5, 0.45),
+    n_stories: int = 200,
+) -> dict[str, Any]:
+    """The claims where every family has the rates of the unedited model, but those that are given."""
+    planted = Planted(n_stories=n_stories)
+    half = planted.questions.story_id.str[1:].astype(int) % 2 == 1
+    planted.questions.loc[half, "scenario"] = "contents"
+    given = {"mask": LOW, **(rates or {})}
+    usual = before or {}
+    families = dict.fromkeys(("before", "mask", *CONTROLS, "transfer", "contents", "tuned"), 1)
+    families |= {"operator_amplify": 1, "rescue_0.5": 1, "rescue_0.5_random": 5, "tuned_random": 5}
+    families |= {f"dose_{dose:g}": 1 for dose in DOSES}
+    families |= dict.fromkeys(("random_matrix", *RANDOM), n_random)
+    points = {
+        name: [planted.point(usual | given.get(name, {}), noise=0.0 if name == "before" else 0.01)] * 1
+        if n == 1
+        else [planted.point(usual | given.get(name, {})) for _ in range(n)]
+        for name, n in families.items()
+    }
+    compare = Comparer(planted.scoring, planted.text, points, n_draws=2000, seed=0)
+    as_effect = {"before": points["before"], "mask": points["mask"], "random": points["random_matrix"]}
+    found = assemble(
+        planted.scoring, planted.text, as_effect, {"before": 0, "mask": 40, "random": 40}, dict(META)
+    )
+    true, diagonal = loss
+    noise = np.random.default_rng(0).standard_normal(200) * 0.1
+    samples = {"true": true + noise, "first": noise, "curvature": noise, "second_order": 2 * noise}
+    claims = claims_of(
+        Evidence(
+            found,
+            compare,
+            halves or Overlap(20, (40, 40), 0.1, 1e-9),
+            LossChange(samples, diagonal, 40),
+            CONTROLS,
+            RANDOM,
+            dict.fromkeys(families, 40),
+            2000,
+            0,
+        )
+    )
+    assert all(claim.sentence.endswith(".") and "nan" not in claim.sentence for claim in claims)
+    assert len({claim.claim for claim in claims}) == len(claims)
+    return {claim.claim: claim for claim in claims}
+
+
+def statuses(**options: Any) -> dict[str, str]:
+    return {name: claim.status for name, claim in evidence(**options).items()}
+
+
+def test_a_mask_that_alone_lowers_false_belief_beats_every_control() -> None:
+    found = evidence()
+    for name in ("selective", *(f"more_than_{control}" for control in (*CONTROLS, *RANDOM))):
+        assert found[name].status == "supported", name
+        assert found[name].low < found[name].value < found[name].high < 0
+    assert found["stable"].status == found["diagonal_predicts"].status == "supported"
+    for name in ("amplifying_helps", "tuning_helps", "rescue", "transfers_to_contents"):
+        assert found[name].status == "not supported", name
+    assert found["false_belief_falls"].value == pytest.approx(-0.55, abs=0.08)
+    assert found["false_belief_falls"].paper == "says so"
+
+
+@pytest.mark.parametrize("control", ["shuffled_labels", "key_value", "last_token", "random_pair"])
+def test_a_control_that_does_the_same_is_not_beaten(control: str) -> None:
+    found = statuses(rates={control: LOW})
+    assert found[f"more_than_{control}"] == "not supported"
+    assert found["more_than_lowest"] == "supported"
+
+
+def test_a_control_passed_off_as_the_mask_supports_nothing() -> None:
+    found = statuses(rates={"mask": {}})
+    fell = [name for name, status in found.items() if name.startswith("more_than") and status == "supported"]
+    assert not fell
+    assert found["false_belief_falls"] == found["selective"] == found["dose"] == "not supported"
+
+
+def test_damage_to_true_belief_too_is_not_selective() -> None:
+    both = {"false_belief": 0.5, "true_belief": 0.5}
+    assert statuses(rates={"mask": both})["selective"] == "not supported"
+
+
+def test_doses_rescue_transfer_amplifying_and_tuning_are_found_where_they_are() -> None:
+    rates: dict[str, dict[str, float]] = {
+        f"dose_{dose:g}": {"false_belief": 0.6 - 0.05 * np.log2(dose)} for dose in DOSES
+    }
+    rates |= {"rescue_0.5": {"false_belief": 0.9}, "rescue_0.5_random": {"false_belief": 0.5}}
+    rates |= {"transfer": LOW, "operator_amplify": {"false_belief": 0.9}}
+    rates |= {"tuned": {"false_belief": 0.9}, "tuned_random": {"false_belief": 0.66}}
+    rates |= {"mask": {"false_belief": 0.5}}
+    found = evidence(rates, before={"false_belief": 0.65})
+    for name in ("dose", "rescue", "transfers_to_contents", "amplifying_helps", "tuning_helps"):
+        assert found[name].status == "supported", (name, found[name].sentence)
+    assert found["transfers_to_transfer"].status == "not supported"
+    assert found["dose"].value == pytest.approx(-0.05, abs=0.02)
+
+
+def test_a_model_at_chance_has_nothing_to_damage() -> None:
+    found = statuses(before=dict.fromkeys(ABLE, 0.5))
+    for name in ("selective", "dose", "rescue", "more_than_lowest", "more_than_random_row", "tuning_helps"):
+        assert found[name] == "not testable"
+
+
+def test_few_random_masks_are_no_placebo() -> None:
+    found = evidence(n_random=5)["more_than_random_row"]
+    assert found.status == "not testable"
+    assert "at least 19" in found.sentence
+
+
+def test_masks_that_share_no_more_than_chance_are_not_stable() -> None:
+    assert statuses(halves=Overlap(1, (40, 40), 0.9, 0.6))["stable"] == "not supported"
+
+
+@pytest.mark.parametrize("true", [0.05, 2.0, -0.5])
+def test_a_diagonal_that_is_far_off_predicts_nothing(true: float) -> None:
+    assert statuses(loss=(true, 0.45))["diagonal_predicts"] == "not supported"
+
+
+def test_more_claims_make_each_harder() -> None:
+    """A p-value of 0.01 does not survive among thirty."""
+    found = evidence(halves=Overlap(3, (40, 40), 1.0, 0.01), rates={"mask": {}})
+    assert found["stable"].status == "not supported"
+    assert found["stable"].p > 0.05
+
+
+# ---- parts
+
+
+def test_the_null_of_an_overlap_is_hypergeometric() -> None:
+    shapes = {(0, "Q"): (1, 3, 4), (1, "Q"): (1, 2, 3)}
+    model = tiny.model("llama")
+    identity = view(model).identity()
+
+    def mask(first: list[int], second: list[int]) -> tt.SparseMask:
+        entries = {(0, "Q"): torch.tensor(first), (1, "Q"): torch.tensor(second, dtype=torch.int64)}
+        return tt.SparseMask(identity, shapes, entries)
+
+    found = overlap(mask([0, 1, 2, 3], [0, 5]), mask([2, 3, 4], [5, 1, 2]))
+    assert (found.common, found.sizes) == (3, (6, 6))
+    assert found.jaccard == 3 / 9
+    assert found.expected == pytest.approx(4 * 3 / 12 + 2 * 3 / 6)
+
+    def chance(d: int, a: int, b: int) -> list[float]:
+        return [comb(a, k) * comb(d - a, b - k) / comb(d, b) if b - k >= 0 else 0.0 for k in range(a + 1)]
+
+    p = sum(
+        x * y for i, x in enumerate(chance(12, 4, 3)) for j, y in enumerate(chance(6, 2, 3)) if i + j >= 3
+    )
+    assert found.p == pytest.approx(p)
+    assert overlap(mask([], []), mask([1], [])).p == pytest.approx(1.0)
+
+
+def test_parts_of_a_mask_are_the_most_sensitive_or_random_entries() -> None:
+    model = tiny.model("llama")
+    samples = tt.story_samples(model, [tiny.story()])
+    sensitivity = tt.fisher_diagonal(model, samples, show_progress=False)
+    mask = tt.top_fraction(sensitivity, 0.05).random_like(0)
+    part = most_sensitive(sensitivity, mask, 0.25)
+    for key, index in mask.entries.items():
+        ranked = sorted(index.tolist(), key=lambda i: -sensitivity[key].flatten()[i].item())
+        assert part.entries[key].tolist() == sorted(ranked[: round(0.25 * len(index))])
+    drawn = random_part(mask, 0.5, 3)
+    assert len(mask & drawn) == len(drawn) == sum(round(0.5 * len(i)) for i in mask.entries.values())
+    assert drawn == random_part(mask, 0.5, 3) != random_part(mask, 0.5, 4)
+
+
+SMALL = tt.StudySettings(
+    stories=16, dev_stories=2, test_stories=4, windows=10, length=48, random_masks=1, tune_steps=2,
+    kappa=0.02, n_draws=200,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[tt.Study, Path]:
+    """A study of a random model, stopped twice on its way."""
+    out = tmp_path_factory.mktemp("study") / "of_nothing"
+    model = tt.load_model(tiny.long_directory(), device="cpu")
+
+    def stop_at(words: str) -> None:
+        def told(message: str) -> None:
+            if message.startswith(words):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tt.study(model, out, SMALL, progress=told, show_progress=False)
+
+    stop_at("Sensitivity to 10 samples of general")
+    assert len(list(out.glob("sensitivity_part_*.safetensors"))) == 8
+    stop_at("Training")
+    with (out / "points.jsonl").open("ab") as file:
+        file.write(b'{"key": "cut off')  # as kill -9 would leave it
+    measured = (out / "points.jsonl").read_bytes().count(b"\n")
+
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished sensitivity was computed again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_study_material, "fisher_diagonal", again)
+        found = tt.study(model, out, SMALL, show_progress=False)
+    after = (out / "points.jsonl").read_bytes().count(b"\n")
+    assert after == measured + 2  # the trained mask and the trained random one
+    return found, out
+
+
+def test_a_random_model_gives_no_claim_of_damage(finished: tuple[tt.Study, Path]) -> None:
+    found = {claim.claim: claim.status for claim in finished[0].claims}
+    assert found["tracks_beliefs"] == "not supported"
+    assert {
+        found[name]
+        for name in found
+        if name.startswith("more_than")
+        or name in ("selective", "dose", "rescue", "tuning_helps", "amplifying_helps", "false_belief_falls")
+    } == {"not testable"}
+
+
+def test_a_finished_study_is_read_again_as_it_was(finished: tuple[tt.Study, Path]) -> None:
+    study, out = finished
+    model = tt.load_model(tiny.long_directory(), device="cpu")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("finished work was done again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tune", "loss_change"):
+            patch.setattr(_study_measure, name, never)
+        patch.setattr(tt.SparseEdit, "applied", never)
+        again = tt.study(model, out, SMALL, show_progress=False)
+    assert str(again.claims) == str(study.claims)
+    assert again.arms.equals(study.arms)
+    with pytest.raises(tt.TomsparseError, match="holds another run"):
+        tt.study(model, out, tt.StudySettings.quick(), show_progress=False)
+
+
+def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> None:
+    study, out = finished
+    arms = study.arms.set_index("family")
+    size = len(study.masks["mask"])
+    assert arms.n_weights["mask"] == arms.n_weights["random_pair"] == arms.n_weights["tuned"] == size
+    assert arms.n_weights["before"] == 0
+    assert arms.n_weights["rescue_0.5"] == pytest.approx(size / 2, abs=4)
+    loaded = tt.SparseMask.load(out / "mask_shuffled_labels.safetensors")
+    assert loaded == study.masks["shuffled_labels"]
+    page = (out / "study.html").read_text()
+    assert "not testable" in page
+    assert all(claim.claim.replace("_", " ") in page for claim in study.claims)
+    stored = json.loads((out / "study.json").read_text())
+    assert len(stored["claims"]) == len(study.claims)
+
+
+def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    for bad, words in (
+        ({"stories": 8}, "at least 16"),
+        ({"kappa": 0.0}, "edits no weight"),
+        ({"matrices": ()}, "No matrices"),
+        ({"matrices": ("X",)}, "matrices="),
+        ({"random_masks": 0}, "random_masks"),
+    ):
+        with pytest.raises(tt.TomsparseError, match=words):
+            tt.study(model, tmp_path / "x", tt.StudySettings(**bad), show_progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "x").exists()

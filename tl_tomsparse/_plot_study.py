@@ -1,0 +1,231 @@
+"""Figures of a study; a part of `plot`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tl_tomsparse._plot_style import GREY
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from tl_tomsparse.study import Study
+
+_RED, _BLUE, _ORANGE = "#c0392b", "#2471a3", "#d68910"
+_PANELS = ("false_belief", "true_belief", "perplexity")
+
+
+def study_arms(study: Study) -> go.Figure:
+    """False and true belief and perplexity under every edit: the mask, its controls, random masks, operators.
+
+    Intervals are exact binomial ones for a single edit and extremes over seeds for random ones; dotted lines
+    are the unedited model.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    families = [
+        family
+        for family in dict.fromkeys(study.arms.family)
+        if not family.startswith(("dose", "rescue")) and family != "before"
+    ][::-1]
+    titles = ["false belief", "true belief", "perplexity of text"]
+    figure = make_subplots(cols=3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03)
+    table = study.accuracy.set_index(["family", "measure"])
+    for column, measure in enumerate(_PANELS, start=1):
+        values, lows, highs = [], [], []
+        for family in families:
+            if measure == "perplexity":
+                seen = study.arms[study.arms.family == family].perplexity
+                value, low, high = np.exp(np.log(seen).mean()), seen.min(), seen.max()
+            elif (family, measure) in table.index:
+                row = table.loc[(family, measure)]
+                value, low, high = row.accuracy, row.low, row.high
+            else:
+                value = low = high = np.nan
+            values.append(value)
+            lows.append(low)
+            highs.append(high)
+        x, low, high = np.array(values), np.array(lows), np.array(highs)
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=[label(family) for family in families],
+                mode="markers",
+                marker={"color": [_colour(family) for family in families], "size": 8},
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": high - x,
+                    "arrayminus": x - low,
+                    "thickness": 1,
+                    "color": GREY,
+                },
+                customdata=np.stack([low, high], axis=1),
+                hovertemplate="%{y}<br>%{x:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})"
+                "<extra></extra>",
+                showlegend=False,
+            ),
+            row=1,
+            col=column,
+        )
+        before = study.arms[study.arms.family == "before"].iloc[0]
+        if measure in before and np.isfinite(before[measure]):
+            figure.add_vline(x=float(before[measure]), line={"dash": "dot", "color": GREY}, row=1, col=column)
+    figure.update_xaxes(type="log", row=1, col=3)
+    figure.update_xaxes(range=[-0.02, 1.02], row=1, col=1)
+    figure.update_xaxes(range=[-0.02, 1.02], row=1, col=2)
+    figure.update_layout(
+        template="plotly_white",
+        height=120 + 22 * len(families),
+        margin={"l": 10, "r": 10, "t": 40, "b": 30},
+    )
+    figure.update_yaxes(automargin=True)
+    return figure
+
+
+def study_doses(study: Study) -> go.Figure:
+    """False-belief accuracy by kappa, and by the share of the mask that is left as it is."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    titles = ("more weights", "part of the mask left as it is")
+    figure = make_subplots(cols=2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+    arms = study.arms
+    rate = arms.set_index("family").false_belief
+    ends = {"dose": ("mask", study.kappa), "rescue": ("mask", 0.0)}
+    for column, (kind, (whole, at)) in enumerate(ends.items(), start=1):
+        for random, colour in ((False, _RED), (True, GREY)):
+            name = "random" if random else "mask"
+            chosen = arms[
+                arms.family.str.startswith(f"{kind}_") & (arms.family.str.endswith("_random") == random)
+            ]
+            grouped = chosen.groupby("dose").false_belief
+            x, y = list(grouped.mean().index), list(grouped.mean())
+            low, high = list(grouped.min()), list(grouped.max())
+            if kind == "dose" and random:
+                same = arms[arms.family == "random_matrix"].false_belief
+                x, y = [*x, at], [*y, same.mean()]
+                low, high = [*low, same.min()], [*high, same.max()]
+            else:
+                x, y, low, high = [*x, at], [*y, rate[whole]], [*low, rate[whole]], [*high, rate[whole]]
+            if kind == "rescue":
+                x, y = [*x, 1.0], [*y, rate["before"]]
+                low, high = [*low, rate["before"]], [*high, rate["before"]]
+            order = np.argsort(x)
+            at_dose, rates, lows, highs = (np.array(values)[order] for values in (x, y, low, high))
+            figure.add_trace(
+                go.Scatter(
+                    x=at_dose,
+                    y=rates,
+                    name={
+                        ("dose", False): "mask",
+                        ("dose", True): "random masks of equal size",
+                        ("rescue", False): "most sensitive left first",
+                        ("rescue", True): "random part left",
+                    }[kind, random],
+                    mode="lines+markers",
+                    line={"color": colour, "dash": "solid" if kind == "dose" else "dash"},
+                    error_y={
+                        "type": "data",
+                        "symmetric": False,
+                        "array": highs - rates,
+                        "arrayminus": rates - lows,
+                        "thickness": 1,
+                    },
+                    hovertemplate=f"{name}, %{{x:.3g}}: %{{y:.3f}}<extra></extra>",
+                ),
+                row=1,
+                col=column,
+            )
+        figure.add_hline(y=float(rate["before"]), line={"dash": "dot", "color": GREY}, row=1, col=column)
+    figure.update_xaxes(type="log", title="kappa", row=1, col=1)
+    figure.update_xaxes(title="share", row=1, col=2)
+    figure.update_yaxes(title="false-belief accuracy", row=1, col=1)
+    figure.update_layout(
+        template="plotly_white",
+        height=380,
+        margin={"l": 10, "r": 10, "t": 40, "b": 30},
+        legend={"orientation": "h", "y": -0.25},
+    )
+    return figure
+
+
+def study_overlaps(study: Study) -> go.Figure:
+    """What the mask has in common with other masks, and masks of disjoint stories with each other."""
+    import plotly.graph_objects as go
+
+    table = study.overlaps
+    names = [
+        f"{row.share:g} of the stories, twice" if row.a == "part" else label(row.b)
+        for row in table.itertuples()
+    ]
+    figure = go.Figure(
+        [
+            go.Bar(
+                y=names[::-1],
+                x=table.jaccard[::-1],
+                orientation="h",
+                name="found",
+                marker={"color": _BLUE},
+                customdata=table[["common", "size_a", "size_b", "p"]][::-1].to_numpy(),
+                hovertemplate="%{y}<br>Jaccard %{x:.3f}: %{customdata[0]} in common of %{customdata[1]} and "
+                "%{customdata[2]}<br>p %{customdata[3]:.2g}<extra></extra>",
+            ),
+            go.Scatter(
+                y=names[::-1],
+                x=table.expected_jaccard[::-1],
+                mode="markers",
+                name="by chance",
+                marker={"color": _ORANGE, "symbol": "line-ns-open", "size": 14, "line": {"width": 2}},
+                hovertemplate="by chance %{x:.3f}<extra></extra>",
+            ),
+        ]
+    )
+    figure.update_xaxes(title="Jaccard", rangemode="tozero")
+    figure.update_yaxes(automargin=True)
+    figure.update_layout(
+        template="plotly_white",
+        height=120 + 22 * len(names),
+        margin={"l": 10, "r": 10, "t": 20, "b": 30},
+        legend={"orientation": "h", "y": 1.08},
+    )
+    return figure
+
+
+def label(family: str) -> str:
+    """What a family of arms is called in figures and tables."""
+    words = {
+        "mask": "the mask",
+        "general_only": "general text alone",
+        "other_stories": "other stories",
+        "new_wording": "other wordings",
+        "transfer": "transfer stories alone",
+        "contents": "contents stories alone",
+        "last_token": "last token of the prompt",
+        "random_matrix": "random: matrix",
+        "operator_flip": "operator: sign flip",
+        "operator_amplify": "operator: times 1.5",
+        "operator_double": "operator: times 2",
+        "tuned": "trained",
+        "tuned_random": "trained, random weights",
+    }
+    if family in words:
+        return words[family]
+    for prefix in ("random", "operator"):
+        if family.startswith(f"{prefix}_"):
+            rest = family.removeprefix(f"{prefix}_")
+            base = rest.removesuffix("_random")
+            inner = words.get(f"{prefix}_{base}", f"{prefix}: {base}")
+            return f"{inner}, random weights" if base != rest else inner
+    return family.replace("_", " ")
+
+
+def _colour(family: str) -> str:
+    if family == "mask":
+        return _RED
+    if family.endswith("_random") or family.startswith("random"):
+        return GREY
+    return _ORANGE if family.startswith(("operator", "tuned")) else _BLUE

@@ -1,0 +1,134 @@
+"""The arms of a study: every mask and edit that is measured on the held-out stories, by family.
+
+before                       the unedited model
+mask                         the mask under the study's operator
+general_only, lowest, ...    controls that are not random
+random_<match>               random masks, one arm a seed
+operator_<name>              other operators on the mask; "_random" on random masks
+dose_<kappa>                 the mask at other sparsities; "_random" random masks of that size
+rescue_<share>               the share of the mask with the largest sensitivity left as it is;
+                             "_random" a random share left as it is
+tuned, tuned_random          entries of the mask, and of random masks, trained on train stories
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+
+from tl_tomsparse._draws import distinct, stream
+from tl_tomsparse._model import view
+from tl_tomsparse._random_masks import Match
+from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.mask import SparseMask
+from tl_tomsparse.ranking import top_fraction
+from tl_tomsparse.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from tl_tomsparse.study import StudySettings
+
+MATCHES: tuple[Match, ...] = get_args(Match)
+SHARES = (0.25, 0.5, 0.75)
+DOSES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0)  # times the chosen kappa
+FEW = 5  # random masks beside each operator, dose, rescue and tuning
+
+
+_NO_ENTRIES = np.empty(0, np.int64)
+
+
+class Arm(NamedTuple):
+    """One thing to measure.
+
+    Attributes:
+        family: what it is one of; all arms of a random family are drawn again together.
+        seed: of a random one.
+        what: the edit; None for the unedited model.
+        dose: what varies in the family: kappa, or the share that is left as it is.
+    """
+
+    family: str
+    seed: int | None
+    what: SparseEdit | None
+    dose: float | None = None
+
+
+def matches_for(model: Any, mask: SparseMask) -> tuple[Match, ...]:
+    """The kinds of random masks that this model and mask allow: "pair" only where all is rotated."""
+    rotated = view(model).rotations[0]
+    used = [key for key, index in mask.entries.items() if len(index)]
+    turned = all(matrix in ("Q", "K") and layer in rotated for layer, matrix in used)
+    return tuple(match for match in MATCHES if match != "pair" or turned)
+
+
+def make_arms(
+    model: Any,
+    masks: Mapping[str, SparseMask],
+    sensitivities: Mapping[str, Sensitivity],
+    kappa: float,
+    settings: StudySettings,
+) -> Iterator[Arm]:
+    """All arms but the tuned ones, one after the other."""
+    mask, seeds = masks["mask"], range(settings.seed, settings.seed + settings.random_masks)
+    few = seeds[: min(FEW, len(seeds))]
+    edit = SparseEdit.mean(model, mask)
+    yield Arm("before", None, None)
+    yield Arm("mask", None, edit)
+    for name, control in masks.items():
+        if name != "mask":
+            yield Arm(name, None, edit.on(model, control))
+    for match in matches_for(model, mask):
+        for seed in seeds:
+            yield Arm(
+                f"random_{match}", seed, edit.on(model, mask.random_like(seed, match=match, model=model))
+            )
+    operators = {
+        "zero": SparseEdit.zero(model, mask),
+        "flip": SparseEdit.scale(model, mask, -1.0),
+        "amplify": SparseEdit.scale(model, mask, 1.5),
+        "double": SparseEdit.scale(model, mask, 2.0),
+        "resample": SparseEdit.resample(model, mask, seed=settings.seed),
+    }
+    for name, other in operators.items():
+        yield Arm(f"operator_{name}", None, other)
+        for seed in few:
+            yield Arm(f"operator_{name}_random", seed, other.on(model, mask.random_like(seed)))
+    for dose in DOSES:
+        if kappa * dose > 0.5:
+            continue
+        less = top_fraction(sensitivities["task"], kappa * dose)
+        less = less - top_fraction(sensitivities["general"], kappa * dose)
+        yield Arm(f"dose_{dose:g}", None, edit.on(model, less), kappa * dose)
+        for seed in few:
+            yield Arm(f"dose_{dose:g}_random", seed, edit.on(model, less.random_like(seed)), kappa * dose)
+    for share in SHARES:
+        yield Arm(
+            f"rescue_{share:g}",
+            None,
+            edit.restrict(mask - most_sensitive(sensitivities["task"], mask, share)),
+            share,
+        )
+        for seed in few:
+            kept = edit.restrict(mask - random_part(mask, share, seed))
+            yield Arm(f"rescue_{share:g}_random", seed, kept, share)
+
+
+def most_sensitive(sensitivity: Sensitivity, mask: SparseMask, share: float) -> SparseMask:
+    """The share of each matrix' masked entries with the largest sensitivity."""
+    entries = {}
+    for key, index in mask.entries.items():
+        values = sensitivity[key].flatten().cpu()[index]
+        entries[key] = index[values.argsort(descending=True, stable=True)[: round(share * len(index))]]
+    return SparseMask(mask.identity, mask.shapes, entries)
+
+
+def random_part(mask: SparseMask, share: float, seed: int) -> SparseMask:
+    """A random share of each matrix' masked entries."""
+    entries = {}
+    for at, (key, index) in enumerate(mask.entries.items()):
+        wanted = round(share * len(index))
+        chosen = distinct(stream(seed, 77, at), len(index), wanted) if wanted else _NO_ENTRIES
+        entries[key] = index[torch.from_numpy(chosen)]
+    return SparseMask(mask.identity, mask.shapes, entries)

@@ -1,0 +1,350 @@
+"""What a study supports: the claims of an effect, and those that its controls allow, as one family.
+
+    more_than_<control>      false-belief accuracy falls more than under the control; under random masks also
+                             more than 95 % of them
+    selective                the fall of false belief exceeds that of true belief
+    dose                     accuracy falls with each doubling of kappa
+    rescue                   leaving the most sensitive half of the mask as it is gives back more than leaving
+                             a random half
+    stable                   masks from two halves of the stories have more in common than chance
+    transfers_to_<...>       a mask made from one kind of story lowers false belief in the other
+    diagonal_predicts        the true change of the loss is within a factor of 2 of what the diagonal predicts
+    amplifying_helps         1.5 times the masked weights raises false-belief accuracy
+    tuning_helps             the trained mask raises false-belief accuracy more than trained random masks
+
+Every claim that has no obstacle is one of a family with Holm-adjusted p-values at 0.05. "paper" says where
+arXiv 2504.04238 stands; "not asked" where it has no such control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tl_tomsparse._intervals import ClusterBootstrap, Estimate
+from tl_tomsparse._overlap import Overlap
+from tl_tomsparse._study_arms import DOSES
+from tl_tomsparse._study_compare import SCENARIOS, Comparer
+from tl_tomsparse.effect import Effect
+from tl_tomsparse.loss_change import LossChange
+from tl_tomsparse.verdict import ALPHA, Claim, Test, decide, gather, percent
+
+PAPER = {
+    "tracks_beliefs": "says so of its models",
+    "false_belief_falls": "says so",
+    "more_than_random": "says so, against one random mask",
+    "true_belief_stays": "not reported apart",
+    "reality_stays": "not reported apart",
+    "perplexity_stays": "says that it rises",
+    "selective": "says so, without this contrast",
+    "dose": "shows a sweep",
+    "diagonal_predicts": "assumes it",
+}
+_NAMES = {
+    "random_total": "random masks of equal size over all matrices",
+    "random_row": "random masks with as many entries at each input channel",
+    "random_column": "random masks with as many entries at each output channel",
+    "random_pair": "random masks with as many entries at each rotary pair",
+    "random_magnitude": "random masks of weights of the same size",
+    "random_change": "random masks that change the weights as much",
+    "general_only": "the mask of general text alone",
+    "lowest": "the mask of the lowest sensitivities",
+    "wrong_labels": "a mask made with wrong answers",
+    "shuffled_labels": "a mask made with random answers",
+    "last_token": "a mask made with the prompt's last token in place of the answer",
+    "false_photograph": "the mask of false photographs",
+    "key_value": "the mask of key-value recall",
+}
+
+
+@dataclass(frozen=True)
+class StudyClaim(Claim):
+    """A claim with its evidence and the paper's.
+
+    Attributes:
+        value, low, high: the estimate that it is read off, with its 95 % interval; nan where there is none.
+        paper: where the paper stands.
+    """
+
+    value: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    paper: str = "not asked"
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What claims are read off."""
+
+    effect: Effect
+    compare: Comparer
+    halves: Overlap
+    loss: LossChange
+    controls: tuple[str, ...]
+    random: tuple[str, ...]
+    sizes: Mapping[str, int]
+    n_draws: int
+    seed: int
+
+
+def claims_of(evidence: Evidence) -> list[StudyClaim]:
+    """All claims; see the module docstring."""
+    gate, tests = gather(evidence.effect)
+    maker = _Maker(evidence, gate)
+    estimates: dict[str, Estimate] = {}
+    for name, estimate, test in maker.all():
+        estimates[name] = estimate
+        tests.append(test)
+    out = []
+    for claim in (gate, *decide(tests)):
+        estimate = estimates.get(claim.claim, maker.of_effect(claim.claim))
+        out.append(
+            StudyClaim(
+                claim.claim,
+                claim.status,
+                claim.sentence,
+                claim.p,
+                estimate.value,
+                estimate.low,
+                estimate.high,
+                PAPER.get(claim.claim, "not asked"),
+            )
+        )
+    return out
+
+
+_NONE = Estimate(float("nan"), float("nan"), float("nan"), np.zeros(0))
+
+
+class _Maker:
+    def __init__(self, evidence: Evidence, gate: Claim) -> None:
+        self.evidence, self.gate = evidence, gate
+        self.compare = evidence.compare
+
+    def of_effect(self, claim: str) -> Estimate:
+        """The estimate behind a claim of the effect."""
+        rows = self.evidence.effect.differences.set_index(["comparison", "measure"])
+        where = {
+            "false_belief_falls": ("mask - before", "false_belief"),
+            "more_than_random": ("mask - random", "false_belief"),
+            "true_belief_stays": ("mask - before", "true_belief"),
+            "reality_stays": ("mask - before", "reality"),
+        }.get(claim)
+        if where is None or where not in rows.index:
+            return _NONE
+        row = rows.loc[where]
+        return Estimate(float(row.value), float(row.low), float(row.high), np.zeros(0))
+
+    def all(self) -> list[tuple[str, Estimate, Test]]:
+        made = [self._random(name) for name in self.evidence.random]
+        made += [self._control(name) for name in self.evidence.controls]
+        made += [self._selective(), self._dose(), self._rescue(), self._stable()]
+        made += [self._transfers("transfer", "contents"), self._transfers("contents", "transfer")]
+        made += [self._diagonal(), self._amplify(), self._tuning()]
+        return made
+
+    def _obstacle(self, *families: str) -> str | None:
+        if not self.evidence.sizes["mask"]:
+            return "the mask is empty, so nothing was edited."
+        if self.gate.status != "supported":
+            return f"nothing can be damaged: {self.gate.sentence}"
+        for family in families:
+            if family not in self.compare.points:
+                return f"{family.replace('_', ' ')} was not measured for this model."
+            if not self.evidence.sizes.get(family, 1):
+                return f"the mask {family.replace('_', ' ')} is empty at this kappa."
+        return None
+
+    def _test(
+        self,
+        name: str,
+        families: tuple[str, ...],
+        estimate: Callable[[], Estimate],
+        p: Callable[[Estimate], float],
+        sentence: Callable[[Estimate, bool], str],
+        holds: Callable[[], bool] = lambda: True,
+    ) -> tuple[str, Estimate, Test]:
+        if (obstacle := self._obstacle(*families)) is not None:
+            return name, _NONE, Test(name, obstacle, 1.0, False, str)
+        found = estimate()
+        return name, found, Test(name, None, p(found), holds(), lambda yes: sentence(found, yes))
+
+    def _below(self, family: str, what: str) -> Callable[[Estimate, bool], str]:
+        def sentence(found: Estimate, yes: bool) -> str:
+            falls = "falls more" if yes else "is not shown to fall more"
+            mask, other = (self.compare.accuracy(name, "false_belief").mean() for name in ("mask", family))
+            return (
+                f"False-belief accuracy {falls} than under {what}: {percent(mask)} against "
+                f"{percent(other)} ({_points(found)})."
+            )
+
+        return sentence
+
+    def _random(self, family: str) -> tuple[str, Estimate, Test]:
+        name = f"more_than_{family}"
+        few = len(self.compare.points.get(family, ())) < round(1 / ALPHA) - 1
+        if few and self._obstacle(family) is None:
+            words = f"{len(self.compare.points[family])} random masks are too few; use at least 19."
+            return name, _NONE, Test(name, words, 1.0, False, str)
+
+        def holds() -> bool:
+            seeds = self.compare.accuracy(family, "false_belief")
+            as_low = int((seeds <= self.compare.accuracy("mask", "false_belief")[0]).sum())
+            return bool((1 + as_low) / (1 + len(seeds)) <= ALPHA + 1e-9)
+
+        return self._test(
+            name,
+            (family,),
+            lambda: self.compare.change("mask", family, "false_belief"),
+            Estimate.p_below,
+            self._below(family, _NAMES.get(family, family.replace("_", " "))),
+            holds,
+        )
+
+    def _control(self, family: str) -> tuple[str, Estimate, Test]:
+        what = _NAMES.get(family, f"the mask of {family.replace('_', ' ')}")
+        what += f" ({self.evidence.sizes.get(family, 0)} weights)"
+        return self._test(
+            f"more_than_{family}",
+            (family,),
+            lambda: self.compare.change("mask", family, "false_belief"),
+            Estimate.p_below,
+            self._below(family, what),
+        )
+
+    def _selective(self) -> tuple[str, Estimate, Test]:
+        def sentence(found: Estimate, yes: bool) -> str:
+            how = "falls more" if yes else "is not shown to fall more"
+            return f"False belief {how} than true belief ({_points(found)})."
+
+        return self._test(
+            "selective",
+            ("mask",),
+            lambda: self.compare.interaction("mask", "false_belief", "true_belief"),
+            Estimate.p_below,
+            sentence,
+        )
+
+    def _dose(self) -> tuple[str, Estimate, Test]:
+        doses = {f"dose_{dose:g}": dose for dose in DOSES if f"dose_{dose:g}" in self.compare.points}
+        families = [*doses, "mask"]
+
+        def sentence(found: Estimate, yes: bool) -> str:
+            how = "falls" if yes else "is not shown to fall"
+            return f"False-belief accuracy {how} with each doubling of kappa ({_points(found)})."
+
+        return self._test(
+            "dose",
+            (*(doses or ("dose",)),),
+            lambda: self.compare.slope(families, [*doses.values(), 1.0], "false_belief"),
+            Estimate.p_below,
+            sentence,
+        )
+
+    def _rescue(self) -> tuple[str, Estimate, Test]:
+        def sentence(found: Estimate, yes: bool) -> str:
+            how = "gives back more" if yes else "is not shown to give back more"
+            return (
+                f"Leaving the most sensitive half of the mask as it is {how} than leaving a random half "
+                f"({_points(found)})."
+            )
+
+        return self._test(
+            "rescue",
+            ("rescue_0.5", "rescue_0.5_random"),
+            lambda: self.compare.change("rescue_0.5", "rescue_0.5_random", "false_belief"),
+            Estimate.p_above,
+            sentence,
+        )
+
+    def _stable(self) -> tuple[str, Estimate, Test]:
+        halves = self.evidence.halves
+        if not min(halves.sizes):
+            return "stable", _NONE, Test("stable", "a half has an empty mask.", 1.0, False, str)
+        found = Estimate(halves.jaccard, float("nan"), float("nan"), np.zeros(0))
+
+        def sentence(yes: bool) -> str:
+            how = "have more" if yes else "are not shown to have more"
+            return (
+                f"Masks from two halves of the stories {how} in common than random masks: Jaccard "
+                f"{halves.jaccard:.3f}, by chance {halves.expected_jaccard:.3f}."
+            )
+
+        return "stable", found, Test("stable", None, halves.p, True, sentence)
+
+    def _transfers(self, of: str, to: str) -> tuple[str, Estimate, Test]:
+        measure = SCENARIOS[to]
+        name = f"transfers_to_{to}"
+        if measure not in self.compare.measures.names:
+            return name, _NONE, Test(name, f"no false-belief question of {to} is asked.", 1.0, False, str)
+
+        def sentence(found: Estimate, yes: bool) -> str:
+            how = "lowers" if yes else "is not shown to lower"
+            return f"The mask made from {of} stories {how} false belief in {to} stories ({_points(found)})."
+
+        return self._test(
+            name, (of,), lambda: self.compare.change(of, "before", measure), Estimate.p_below, sentence
+        )
+
+    def _diagonal(self) -> tuple[str, Estimate, Test]:
+        loss, name = self.evidence.loss, "diagonal_predicts"
+        if not self.evidence.sizes["mask"]:
+            return name, _NONE, Test(name, "the mask is empty, so nothing was edited.", 1.0, False, str)
+        true = loss.samples["true"]
+        bootstrap = ClusterBootstrap(
+            len(true), n_draws=self.evidence.n_draws, seed=self.evidence.seed, smooth=False
+        )
+        found = bootstrap.ratio(true, np.ones(len(true)))
+        low, high = sorted((loss.diagonal / 2, loss.diagonal * 2))
+
+        def sentence(yes: bool) -> str:
+            how = "is" if yes else "is not shown to be"
+            second = loss.samples["second_order"].mean()
+            return (
+                f"The change of the loss {how} within a factor of 2 of what the diagonal predicts: "
+                f"{found.value:+.3f} nats ({found.low:+.3f} to {found.high:+.3f}), predicted "
+                f"{loss.diagonal:+.3f}; gradient and whole Hessian along the edit predict {second:+.3f}."
+            )
+
+        return name, found, Test(name, None, found.p_within(low, high), True, sentence)
+
+    def _amplify(self) -> tuple[str, Estimate, Test]:
+        def sentence(found: Estimate, yes: bool) -> str:
+            how = "raises" if yes else "is not shown to raise"
+            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({_points(found)})."
+
+        return self._test(
+            "amplifying_helps",
+            ("operator_amplify",),
+            lambda: self.compare.change("operator_amplify", "before", "false_belief"),
+            Estimate.p_above,
+            sentence,
+        )
+
+    def _tuning(self) -> tuple[str, Estimate, Test]:
+        def sentence(found: Estimate, yes: bool) -> str:
+            how = "helps more" if yes else "is not shown to help more"
+            rates = [self.compare.accuracy(name, "false_belief").mean() for name in _TUNED]
+            before, tuned, random = map(percent, rates)
+            return (
+                f"Training the masked weights alone {how} than training random ones: false belief {before} "
+                f"before, {tuned} and {random} ({_points(found)})."
+            )
+
+        return self._test(
+            "tuning_helps",
+            ("tuned", "tuned_random"),
+            lambda: self.compare.change("tuned", "tuned_random", "false_belief"),
+            Estimate.p_above,
+            sentence,
+        )
+
+
+_TUNED = ("before", "tuned", "tuned_random")
+
+
+def _points(found: Estimate) -> str:
+    value, low, high = (f"{100 * number:+.1f}" for number in (found.value, found.low, found.high))
+    return f"difference {value} points, 95 % interval {low} to {high}"

@@ -1,0 +1,108 @@
+"""Comparisons between the arms of a study: paired by question, drawn again by group of stories.
+
+    change(arm, other, measure) = (right under arm - right under other) / questions
+
+Arms of a random family are averaged, and drawn again together with the stories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_tomsparse._intervals import ClusterBootstrap, Estimate, proportion_interval
+from tl_tomsparse._points import Measures, Point
+from tl_tomsparse._prepared import PreparedScoring, PreparedText
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+SCENARIOS = {"transfer": "false_belief in transfer", "contents": "false_belief in contents"}
+
+
+class Comparer:
+    """Changes of accuracy between families of points on the same questions.
+
+    Args:
+        scoring: the questions.
+        text: the samples for perplexity.
+        points: the points of each family, one each or one a seed; "before" is the unedited model.
+        n_draws: how often groups are drawn again.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        scoring: PreparedScoring,
+        text: PreparedText,
+        points: Mapping[str, Sequence[Point]],
+        *,
+        n_draws: int,
+        seed: int,
+    ) -> None:
+        questions = scoring.questions
+        extra = {
+            name: ((questions.category == "false_belief") & (questions.scenario == scenario)).to_numpy()
+            for scenario, name in SCENARIOS.items()
+        }
+        self.points, self.text = points, text
+        self.measures = Measures(scoring, extra)
+        self._bootstrap = ClusterBootstrap(self.measures.n_groups, n_draws=n_draws, seed=seed)
+        self._counts: dict[tuple[str, str], Floats] = {}
+
+    def counts(self, family: str, measure: str) -> Floats:
+        """Right answers `[groups, arms]`."""
+        if (family, measure) not in self._counts:
+            correct = np.stack([point.correct for point in self.points[family]])
+            self._counts[family, measure] = self.measures.counts(correct, measure)
+        return self._counts[family, measure]
+
+    def change(self, family: str, other: str, measure: str) -> Estimate:
+        """Of one family against another; at least one of them has a single point."""
+        difference = self.counts(family, measure) - self.counts(other, measure)
+        return self._bootstrap.ratio(difference, self.measures.totals[measure])
+
+    def interaction(self, family: str, measure: str, other: str) -> Estimate:
+        """The change of one measure minus the change of another, both from the unedited model."""
+        terms = [
+            (self.counts(family, name) - self.counts("before", name), self.measures.totals[name])
+            for name in (measure, other)
+        ]
+        return self._bootstrap.contrast(terms)
+
+    def slope(self, families: Sequence[str], doses: Sequence[float], measure: str) -> Estimate:
+        """Least-squares slope of accuracy on log2(dose): the change for each doubling."""
+        x = np.log2(np.asarray(doses))
+        x = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+        total = sum(weight * self.counts(family, measure).mean(1) for weight, family in zip(x, families))
+        return self._bootstrap.ratio(np.asarray(total), self.measures.totals[measure])
+
+    def accuracy(self, family: str, measure: str) -> Floats:
+        """Of each arm of a family."""
+        return np.asarray(self.counts(family, measure).sum(0) / self.measures.totals[measure].sum())
+
+    def perplexity(self, point: Point) -> float:
+        """Of the text."""
+        return float(np.exp(point.nll.sum() / self.text.n_tokens.sum()))
+
+    def table(self, chance: Mapping[str, float]) -> pd.DataFrame:
+        """One row a family and measure; see `Study.accuracy`."""
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for family, some in self.points.items():
+            for measure in self.measures.names:
+                values = self.accuracy(family, measure)
+                n = int(self.measures.totals[measure].sum())
+                if len(some) == 1:
+                    low, high = proportion_interval(round(values[0] * n), n)
+                else:
+                    low, high = values.min(), values.max()
+                row = {"family": family, "arms": len(some), "measure": measure, "n": n}
+                row |= {"accuracy": values.mean(), "low": low, "high": high}
+                rows.append({**row, "chance": chance.get(measure, np.nan)})
+        return pd.DataFrame(rows)
