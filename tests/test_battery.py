@@ -9,7 +9,7 @@ import torch
 from scipy.stats import beta
 
 import tl_tomsparse as tt
-from tests import tiny
+from tests import oracles, tiny
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse.battery import TASKS, _table
 
@@ -88,6 +88,38 @@ def test_perplexity_by_kind(model, result):
     )
     assert given.frame.subset.tolist() == ["mine"]
     assert given.frame.n.tolist() == [4]
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_items_on_either_kind_of_model(backend):
+    """Every margin and every loss from unpadded forward passes in float64."""
+    model, hf, tokenizer = tiny.model(backend=backend), tiny.hf_model(), tiny.build_tokenizer()
+    stories = [tiny.story(index) for index in range(3)]
+    items = tt.battery(
+        model,
+        tasks=["perplexity"],
+        texts={"mine": "Sally puts the ball in the box. " * 60},
+        n_windows=2,
+        sets={"own": stories},
+        show_progress=False,
+    ).items
+    windows = tt.text_samples(model, "Sally puts the ball in the box. " * 60, n=2, length=128)
+    losses = [oracles.sample_loss(hf, windows, n).item() * 127 for n in range(2)]
+    np.testing.assert_allclose(items[items.task == "perplexity"].value, losses, rtol=1e-5)
+    margins = items.dropna(subset="margin").set_index("item").margin
+    assert len(margins) == 15
+    for story in stories:
+        for index, question in enumerate(story.questions):
+            prompt = [1, *tokenizer(story.prompt(question))["input_ids"]]
+            scores = {}
+            for option in question.options:
+                answer = tokenizer(f" {option}")["input_ids"]
+                log_probs = oracles.logits(hf, torch.tensor(prompt + answer)).log_softmax(-1)
+                places = enumerate(answer, start=len(prompt) - 1)
+                scores[option] = sum(float(log_probs[place, token]) for place, token in places)
+            right = scores.pop(question.answer)
+            expected = right - max(scores.values())
+            assert margins[f"{story.id}:{index}"] == pytest.approx(expected, abs=2e-4)
 
 
 def test_a_score_is_the_ratio_of_its_items(result):

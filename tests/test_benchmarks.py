@@ -396,6 +396,7 @@ def test_options_that_are_sentences_are_scored_exactly(files):
         ("hitom", lambda text: text[:-3], r"line 1: not JSON"),
         ("hitom", lambda text: "{}", r"no list of questions under 'data'"),
         ("hitom", lambda text: text.replace('"answer": "tin"', '"answer": "hat"'), r"item 1: .*'hat'"),
+        ("hitom", lambda text: text.replace('"question_order": 1', '"question_order": "1"'), r"item 2: no"),
         ("hitom", lambda text: text.replace("choices", "options"), r"item 1: no choices"),
         ("hitom", lambda text: text.replace("does Ida really", "do they"), r"names 0 agents at order 1"),
         ("hitom", lambda text: text.replace("pear really", "hat really"), r"order 0 about 'pear'"),

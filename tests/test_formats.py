@@ -93,10 +93,30 @@ def test_your_own_stories_need_text_and_questions_only(tmp_path):
         ({"form": "essay"}, "'essay' is not one of"),
         ({"kind": "photograph", "true_belief": None}, "no true_belief"),
         ({"colour": "red"}, "colour"),
+        ({"options": "tin"}, "options='tin' must be texts in a list"),
+        ({"text": 3}, "text=3 must be a text"),
+        ({"true_belief": "no"}, "true_belief='no' must be true or false"),
     ],
 )
 def test_a_question_that_cannot_be_filed_is_refused(tmp_path, changes, message):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(own(**changes)) + "\n")
     with pytest.raises(TomsparseError, match=rf"own.jsonl, line 1: .*{message}"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([1, 2], "does not have the fields"),
+        ({"text": "Once."}, "questions"),
+        ({"text": "Once.", "questions": []}, "must be a list of at least one question"),
+        ({"text": None, "questions": own()["questions"]}, "text"),
+        (own() | {"agents": "Ann"}, "agents='Ann' must be texts in a list"),
+    ],
+)
+def test_a_record_that_is_no_story_is_refused(tmp_path, record, message):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(TomsparseError, match=rf"own.jsonl, line 1: story 'line 1'.*{message}"):
         read_jsonl(path)

@@ -80,6 +80,17 @@ def _bigtom_row(source: Source, line: int, row: list[str], number: int) -> Itera
         yield source.story(name, scenario, condition, text, (question,), group)
 
 
+_HITOM = {
+    "story": str,
+    "question": str,
+    "question_order": int,
+    "choices": str,
+    "answer": str,
+    "story_length": int,
+    "deception": bool,
+}
+
+
 def hitom(source: Source) -> list[Story]:
     """One JSON, {"data": [...]}."""
     cure = "give Hi-ToM_data.json as published, or name the layout that the file has"
@@ -93,8 +104,11 @@ def hitom(source: Source) -> list[Story]:
     asked: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for number, item in enumerate(items, start=1):
         where = f"item {number}"
-        needed = ("story", "question", "question_order", "choices", "answer", "story_length", "deception")
-        missing = [key for key in needed if not isinstance(item, dict) or key not in item]
+        missing = [
+            key
+            for key, type_ in _HITOM.items()
+            if not isinstance(item, dict) or type(item.get(key)) is not type_
+        ]
         if missing:
             raise source.refused(where, f"no {', '.join(missing)}", cure)
         lines = [match.group(2) for line in item["story"].split("\n") if (match := _NUMBERED.match(line))]

@@ -43,13 +43,16 @@ def from_record(record: Mapping[str, Any], name: str = "") -> Story:
         TomsparseError: naming a field that is missing or unknown, an answer that is not among the options, or
             a belief without its agents or of unknown truth.
     """
+    name = str(record.get("id") or name) if isinstance(record, Mapping) else name
     try:
         fields = _filled(record, {"id": name, **_STORY})
-        fields["questions"] = tuple(Question(**_filled(q, _QUESTION)) for q in record["questions"])
-        story = Story(**fields)
+        asked = [_filled(question, _QUESTION) for question in record["questions"]]
+        for some in (fields, *asked):
+            _check_types(name, some)
+        story = Story(**{**fields, "questions": tuple(Question(**question) for question in asked)})
     except (KeyError, TypeError, AttributeError) as error:
         raise TomsparseError(
-            f"story {record.get('id', '?')!r} does not have the fields of a Story ({error}); "
+            f"story {name!r} does not have the fields of a Story ({error}); "
             "compare it with a record that write_jsonl writes."
         ) from error
     for question in story.questions:
@@ -67,6 +70,23 @@ def _filled(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     given = {key: value for key, value in record.items() if value is not None}
     filled = {**defaults, **given}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in filled.items()}
+
+
+def _check_types(name: str, fields: Mapping[str, Any]) -> None:
+    for key, value in fields.items():
+        if key in ("agents", "options"):
+            right, what = (
+                isinstance(value, tuple) and all(isinstance(v, str) for v in value),
+                "texts in a list",
+            )
+        elif key == "true_belief":
+            right, what = isinstance(value, bool), "true or false"
+        elif key == "questions":
+            right, what = isinstance(value, tuple) and len(value) > 0, "a list of at least one question"
+        else:
+            right, what = isinstance(value, str), "a text"
+        if not right:
+            raise TomsparseError(f"story {name!r}: {key}={value!r} must be {what}.")
 
 
 def _check_kind(name: str, question: Question) -> None:
