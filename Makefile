@@ -34,7 +34,7 @@ lint: $(EXTRAS)
 	$(BIN)/mypy
 
 train: $(INSTALLED)
-	$(BIN)/python training/train.py --out training/runs/main --millions 70 --decay 0
+	$(BIN)/python training/train.py --out training/runs/main
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -263,7 +263,7 @@ def test_a_finished_study_is_read_again_as_it_was(finished: tuple[tt.Study, Path
     assert str(again.claims) == str(study.claims)
     assert again.arms.equals(study.arms)
     with pytest.raises(tt.TomsparseError, match="holds another run"):
-        tt.study(model, out, tt.StudySettings.quick(), show_progress=False)
+        tt.study(model, out, tt.StudySettings().quick(), show_progress=False)
 
 
 def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> None:

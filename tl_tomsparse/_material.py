@@ -43,7 +43,9 @@ class Material:
 
 def make_material(model: Any, settings: RunSettings) -> Material:
     """All samples, made (and refused) before the long work begins."""
-    texts = _texts(settings)
+    texts = general_texts(
+        settings.text, max(settings.windows, _FEWEST_WINDOWS), settings.length, settings.seed
+    )
     bos, seed = settings.prepend_bos, settings.seed
 
     def windows(part: str, n: int) -> Samples:
@@ -86,13 +88,14 @@ def _one_question(stories: Sequence[Story], n: int) -> list[Story]:
     return chosen
 
 
-def _texts(settings: RunSettings) -> dict[str, list[str]]:
+def general_texts(files: Sequence[str], n: int, length: int, seed: int) -> dict[str, list[str]]:
+    """Text of each split, enough for n windows of `length` tokens: generated, or cut from files."""
     parts = ("train", "dev", "test")
-    if not settings.text:
+    if not files:
         # About 110 tokens a text; longer windows need more of them.
-        each = 1 + max(settings.windows, _FEWEST_WINDOWS) * max(1, settings.length // 64)
-        return {part: generate_texts(each, seed=settings.seed, split=part) for part in parts}
-    whole = "\n".join(read_text(Path(path)) for path in settings.text)
+        each = 1 + n * max(1, length // 64)
+        return {part: generate_texts(each, seed=seed, split=part) for part in parts}
+    whole = "\n".join(read_text(Path(path)) for path in files)
     cuts = [0, len(whole) * 6 // 10, len(whole) * 8 // 10, len(whole)]
     return {part: [whole[start:end]] for part, start, end in zip(parts, cuts, cuts[1:])}
 

@@ -12,13 +12,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_tomsparse._material import general_texts
 from tl_tomsparse._prepared import PreparedScoring, PreparedText, prepare_scoring, prepare_text
 from tl_tomsparse.localisation import key_value_stories
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import rank_entries, top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
 from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
-from tl_tomsparse.stories import Story, generate_photographs, generate_stories, generate_texts, relabelled
+from tl_tomsparse.stories import Story, generate_photographs, generate_stories, relabelled
 
 if TYPE_CHECKING:
     from tl_tomsparse.study import StudySettings
@@ -64,10 +65,10 @@ def make_material(model: Any, settings: StudySettings) -> Material:
     def some(of: list[Story], *categories: str, **options: Any) -> Samples:
         return story_samples(model, of, categories=categories, prepend_bos=bos, **options)
 
+    texts = general_texts(settings.text, max(settings.windows, 10), settings.length, seed)
+
     def windows(n: int, split: str) -> Samples:
-        each = 1 + max(n, 10) * max(1, settings.length // 64)
-        texts = generate_texts(each, seed=seed, split=split)
-        return text_samples(model, texts, n=n, length=settings.length, prepend_bos=bos, seed=seed)
+        return text_samples(model, texts[split], n=n, length=settings.length, prepend_bos=bos, seed=seed)
 
     n = settings.stories
     task = stories(n, "train", conditions=("false_belief",))

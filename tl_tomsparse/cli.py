@@ -8,13 +8,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
+import torch
 import typer
 from transformers.utils import logging
 
 from tl_tomsparse import __version__
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse.models import Backend
+from tl_tomsparse.models import Backend, load_model
 from tl_tomsparse.pipeline import Dtype, RunSettings, run_pipeline
+from tl_tomsparse.study import Study, StudySettings, study
 
 app = typer.Typer(
     add_completion=False,
@@ -80,6 +82,10 @@ def run(
     ] = None,
     dtype: Annotated[_Dtype, typer.Option(help="Of the weights.")] = _DTYPE,
     bos: Annotated[bool, typer.Option(help="Begin every sample with the BOS token.")] = True,
+    with_study: Annotated[
+        bool, typer.Option("--study", help="Then the study: every control and claim, in OUT/study.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small study, for a first look.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
 ) -> None:
     """Find the weights, edit them, and report what that does, beside its controls."""
@@ -111,15 +117,46 @@ def run(
             progress=lambda message: typer.echo(message, err=True),
             show_progress=not quiet,
         )
+        claims, pages = [*result.claims, *result.position_claims], [out / "report.html"]
+        if with_study:
+            claims += _study(settings, out / "study", result.choice.kappa, quick, quiet).claims
+            pages.append(out / "study" / "study.html")
     except TomsparseError as error:
         typer.echo(f"tomsparse: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo(f"\ntomsparse: stopped. The same command continues in {out}.", err=True)
         raise typer.Exit(130) from None
-    for claim in (*result.claims, *result.position_claims):
+    for claim in claims:
         typer.echo(f"{claim.status:>13}  {claim.claim.replace('_', ' ')}: {claim.sentence}")
-    typer.echo(f"\n{out / 'report.html'}")
+    typer.echo("\n" + "\n".join(map(str, pages)))
+
+
+def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, quiet: bool) -> Study:
+    """The study of the same model, at the kappa of the run."""
+    asked = StudySettings(
+        stories=settings.stories,
+        dev_stories=settings.dev_stories,
+        test_stories=settings.test_stories,
+        windows=settings.windows,
+        length=settings.length,
+        text=settings.text,
+        kappa=kappa,
+        matrices=settings.matrices,
+        random_masks=settings.random_masks,
+        seed=settings.seed,
+        prepend_bos=settings.prepend_bos,
+    )
+    model = load_model(
+        settings.model, backend=settings.backend, device=settings.device, dtype=getattr(torch, settings.dtype)
+    )
+    return study(
+        model,
+        out,
+        asked.quick() if quick else asked,
+        progress=lambda message: typer.echo(message, err=True),
+        show_progress=not quiet,
+    )
 
 
 def _kappas(text: str) -> Literal["auto"] | tuple[float, ...]:

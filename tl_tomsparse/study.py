@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from tl_tomsparse._artifacts import (
 )
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
 from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
+from tl_tomsparse._material import read_text
 from tl_tomsparse._model import MATRICES, view
 from tl_tomsparse._points import Point
 from tl_tomsparse._study_arms import matches_for
@@ -66,6 +67,7 @@ class StudySettings:
             them.
         windows: text windows of the general sensitivity; a quarter as many (at least 10) for perplexity.
         length: tokens of a window.
+        text: files of real text, cut into three parts; none for generated text.
         kappa: sparsity of all masks; None chooses it on dev stories.
         matrices: which weights.
         random_masks: random masks of each kind; a claim needs at least 19.
@@ -81,6 +83,7 @@ class StudySettings:
     test_stories: int = 240
     windows: int = 200
     length: int = 128
+    text: tuple[str, ...] = ()
     kappa: float | None = None
     matrices: tuple[str, ...] = ("Q", "K")
     random_masks: int = 20
@@ -91,10 +94,11 @@ class StudySettings:
     perplexity_margin: float = 0.05
     n_draws: int = 10_000
 
-    @classmethod
-    def quick(cls) -> StudySettings:
-        """A smaller one, for a first look: fewer stories, and claims about random masks at their limit."""
-        return cls(stories=96, dev_stories=16, test_stories=80, windows=80, random_masks=19, tune_steps=30)
+    def quick(self) -> StudySettings:
+        """A smaller one, for a first look: fewer stories, and random masks as few as a claim allows."""
+        return replace(
+            self, stories=64, dev_stories=12, test_stories=48, windows=60, random_masks=19, tune_steps=20
+        )
 
     def check(self) -> None:
         """Refuse what can be refused before any work.
@@ -117,6 +121,8 @@ class StudySettings:
             check_kappa(self.kappa)
             if not self.kappa:
                 raise TomsparseError("kappa=0.0 edits no weight; choose one above 0.")
+        for path in self.text:
+            read_text(Path(path))
 
 
 @dataclass(frozen=True, eq=False)

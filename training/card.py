@@ -163,7 +163,7 @@ def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
         "minutes": log[-1]["seconds"] / 60,
         "sizes": {
             name: getattr(model.cfg, name)
-            for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab")
+            for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx")
         },
         "key_value_heads": model.cfg.n_key_value_heads or model.cfg.n_heads,
         "parameters": sum(
@@ -294,7 +294,7 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
 How it tells agents apart was not left to chance: training supervised, beside the answers, who sees what, whom a question is about, and where one head of
 the last layer looks (see `training/`). What is found about that mechanism shows what the tools see, not what networks choose by themselves.
 
-* {sizes["n_layers"]} layers, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads ({numbers["key_value_heads"]} key-value heads) of {sizes["d_head"]}, d_mlp {sizes["d_mlp"]}, context 512, vocabulary {sizes["d_vocab"]}, {numbers["parameters"]:,} parameters, half precision
+* {sizes["n_layers"]} layers, d_model {sizes["d_model"]}, {sizes["n_heads"]} heads ({numbers["key_value_heads"]} key-value heads) of {sizes["d_head"]}, d_mlp {sizes["d_mlp"]}, context {sizes["n_ctx"]}, vocabulary {sizes["d_vocab"]}, {numbers["parameters"]:,} parameters, half precision
 * trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps; see `training/`
 * fingerprint {numbers["fingerprint"]}
 * licence: MIT, as the package; no third-party text or weights

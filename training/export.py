@@ -1,4 +1,4 @@
-"""Turn a training run into the embedded model: `python training/export.py training/runs/main --average 2`.
+"""Turn a training run into the embedded model: `python training/export.py training/runs/main`.
 
 Writes a plain Hugging Face directory (half-precision safetensors, tokenizer) into the package, keeps the log
 of the run and some of its snapshots beside the training code. The model card is written by `card.py`
@@ -8,7 +8,7 @@ afterwards.
 
 makes a directory of a twin, with its log, and
 
-    python training/export.py --snapshot training/checkpoints/0030.safetensors --to DIRECTORY
+    python training/export.py --snapshot training/checkpoints/0040.safetensors --to DIRECTORY
 
 one of how the embedded model was at some point of its training.
 """
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from tl_tomsparse.models import EMBEDDED
 
 HERE = Path(__file__).parent
-KEPT = (10, 30, 60)  # million tokens: before it tells agents apart, while it learns to, and after
+KEPT = (10, 40, 80)  # million tokens: before it tells agents apart, while it learns to, and after
 
 
 def write(state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, to: Path) -> None:
@@ -53,7 +53,6 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, nargs="?", help="folder of the training run")
     parser.add_argument("--snapshot", type=Path, help="instead of a run, one of `checkpoints`")
-    parser.add_argument("--average", type=int, default=1, help="the mean of the last so many snapshots")
     parser.add_argument("--to", type=Path, default=EMBEDDED)
     args = parser.parse_args()
     if (args.run is None) == (args.snapshot is None):
@@ -61,11 +60,10 @@ def main() -> None:
     if args.snapshot is not None and args.to == EMBEDDED:
         parser.error("--snapshot needs --to DIRECTORY")
     snapshots = sorted(args.run.glob("snapshot-*.safetensors")) if args.run else [args.snapshot]
-    if not 1 <= args.average <= len(snapshots):
-        parser.error(f"--average {args.average}, but there are {len(snapshots)} snapshots; train longer")
+    if not snapshots:
+        parser.error(f"there is no snapshot in {args.run}; train first")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.run / "tokenizer" if args.run else EMBEDDED)
-    states = [load_file(file) for file in snapshots[-args.average :]]
-    state = {name: torch.stack([one[name].float() for one in states]).mean(0) for name in states[0]}
+    state = load_file(snapshots[-1])
     if args.to == EMBEDDED and not Shape.of(state).rotary:
         parser.error(f"{args.run} is the run of a twin; pass --to DIRECTORY")
     write(state, tokenizer, args.to)

@@ -2,9 +2,9 @@
 
 On a GPU where there is one, else on the CPU; rows are made by other processes. Seeded, resumable (run the
 same command again), with a log (`log.jsonl`), a checkpoint every two minutes and half-precision snapshots
-along the way. The learning rate warms up, stays, and falls to zero over the last part of the budget (not with
-`--decay 0`); what rows are made of moves on when the answers are right (`data.STAGES`). `--positions learned`
-and `--positions alibi` train the twins.
+along the way. The learning rate warms up, stays, and falls to zero over the last part of the budget; what
+rows are made of moves on when the answers are right (`data.STAGES`). `--positions learned` and `--positions
+alibi` train the twins.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--positions", choices=POSITIONS, default="rotary", help="the model, or a twin")
-    parser.add_argument("--millions", type=float, default=70.0, help="tokens to train on, in millions")
+    parser.add_argument("--millions", type=float, default=140.0, help="tokens to train on, in millions")
     parser.add_argument("--decay", type=float, default=0.25, help="share of the budget over which lr falls")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
