@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tl_tomsparse as tt
 from tests import tiny
 from tests.test_effect import ABLE, Planted
-from tl_tomsparse import _study_material, _study_measure
+from tl_tomsparse import _study_material, _study_measure, cli
 from tl_tomsparse._model import view
 from tl_tomsparse._overlap import Overlap, overlap
 from tl_tomsparse._study_arms import DOSES, most_sensitive, random_part
@@ -294,3 +296,34 @@ def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(tt.TomsparseError, match=words):
             tt.study(model, tmp_path / "x", tt.StudySettings(**bad), show_progress=False)  # type: ignore[arg-type]
     assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_runs_the_study_at_the_kappa_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[tt.Study, Path]
+) -> None:
+    asked: list[Any] = []
+
+    class Run:
+        claims = position_claims = ()
+        choice = tt.KappaChoice(0.03, True, "", pd.DataFrame())
+
+    def record(model: Any, out: Path, settings: tt.StudySettings, **_: Any) -> tt.Study:
+        asked.append((out, settings))
+        return finished[0]
+
+    monkeypatch.setattr(cli, "run_pipeline", lambda *_, **__: Run())
+    monkeypatch.setattr(cli, "study", record)
+    text = tmp_path / "text.txt"
+    text.write_text("Some words.")
+    options = ["run", "--out", str(tmp_path), "--model", str(tiny.long_directory()), "--text", str(text)]
+    done = CliRunner().invoke(cli.app, [*options, "--study", "--random-masks", "21", "--seed", "3"])
+    assert done.exit_code == 0, done.output
+    ((out, settings),) = asked
+    assert out == tmp_path / "study"
+    assert (settings.kappa, settings.random_masks, settings.seed) == (0.03, 21, 3)
+    assert settings.text == (str(text),)
+    assert "tracks beliefs" in done.output
+    assert str(tmp_path / "study" / "study.html") in done.output
+    CliRunner().invoke(cli.app, [*options, "--study", "--quick"])
+    assert asked[1][1].random_masks == 19
+    assert asked[1][1].test_stories < settings.test_stories
