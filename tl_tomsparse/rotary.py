@@ -170,7 +170,8 @@ class FrequencyNorms:
             heads, pairs = rms.shape
             rotation = self.layout[layer]
             groups = self.squares[layer, part]
-            reach = float(student.ppf(0.975, len(groups) - 1)) * groups.std(0) * len(groups) ** -0.5
+            spread = groups.std(0) if len(groups) > 1 else torch.full_like(rms, torch.nan)
+            reach = float(student.ppf(0.975, max(1, len(groups) - 1))) * spread * len(groups) ** -0.5
             low, high = ((rms**2 + side * reach).clamp_min(0).sqrt() for side in (-1, 1))
             frame = pd.DataFrame(
                 {
