@@ -67,7 +67,7 @@ def test_a_run_prints_every_claim_and_where_the_page_is(monkeypatch, tmp_path):
     ended = run(monkeypatch, tmp_path / "run")
     assert ended.exit_code == 0, ended.output
     found = json.loads((tmp_path / "run" / "results.json").read_text())
-    for claim in found["verdict"]:
+    for claim in (*found["verdict"], *found["position_verdict"]):
         assert claim["status"] in ended.stdout
         assert claim["sentence"] in ended.stdout
     assert ended.stdout.strip().endswith(str(tmp_path / "run" / "report.html"))

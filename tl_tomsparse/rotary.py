@@ -170,7 +170,8 @@ class FrequencyNorms:
             heads, pairs = rms.shape
             rotation = self.layout[layer]
             groups = self.squares[layer, part]
-            reach = float(student.ppf(0.975, len(groups) - 1)) * groups.std(0) * len(groups) ** -0.5
+            spread = groups.std(0) if len(groups) > 1 else torch.full_like(rms, torch.nan)
+            reach = float(student.ppf(0.975, max(1, len(groups) - 1))) * spread * len(groups) ** -0.5
             low, high = ((rms**2 + side * reach).clamp_min(0).sqrt() for side in (-1, 1))
             frame = pd.DataFrame(
                 {
@@ -283,34 +284,38 @@ class _Sums:
         self.logits_first: dict[int, Tensor] = {}
         self.n_pairs = 0
 
-    def _complex(self, layer: int, value: Tensor, mask: Tensor) -> Tensor:
-        """`[batch, pos, heads, pairs]` complex128, zero at padding."""
-        pairs = self.layout[layer].pairs.to(value.device)
-        value = value.double() * mask[:, :, None, None]
-        return torch.complex(value[..., pairs[:, 0]], value[..., pairs[:, 1]])
+    def _pairs(self, layer: int, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The dimensions of each pair, `[batch, pos, heads, pairs]`, zero at padding, float32 or better."""
+        exact = value if value.dtype == torch.float64 else value.float()
+        first, second = self.layout[layer].pairs.unbind(1)
+        exact = exact * mask[:, :, None, None]
+        return _taken(exact, first), _taken(exact, second)
 
     def add(self, layer: int, part: str, value: Tensor, now: Current) -> None:
-        norm = self._complex(layer, value, now.mask).abs()
+        first, second = self._pairs(layer, value, now.mask)
+        square = first * first + second * second
         key = (layer, part)
         group = (now.rows % self.n_groups).to(value.device)
         if key == (next(iter(self.layout)), "q"):
             self.sizes.index_add_(0, group.cpu(), now.mask.sum(1).double().cpu())
         if key not in self.squares:
-            self.squares[key] = norm.new_zeros(self.n_groups, *norm.shape[2:])
-            self.norms[key] = norm.new_zeros(norm.shape[2:])
-        self.squares[key].index_add_(0, group, (norm**2).sum(1))
-        self.norms[key] += norm.sum((0, 1))
-        top = norm.amax((0, 1))
-        self.largest[key] = torch.maximum(self.largest[key], top) if key in self.largest else top
+            zeros = torch.zeros(square.shape[2:], dtype=torch.float64, device=value.device)
+            self.squares[key] = zeros.expand(self.n_groups, -1, -1).clone()
+            self.norms[key], self.largest[key] = zeros, zeros
+        self.squares[key].index_add_(0, group, square.sum(1, dtype=torch.float64))
+        self.largest[key] = torch.maximum(self.largest[key], square.amax((0, 1)).sqrt())
+        self.norms[key] = self.norms[key] + square.sqrt_().sum((0, 1), dtype=torch.float64)
 
     def add_logits(self, layer: int, q: Tensor, k: Tensor, mask: Tensor, d_head: int) -> None:
         """Sums over queries and the keys up to each: a running sum over keys, so no pattern is made."""
-        zq, zk = self._complex(layer, q, mask), self._complex(layer, k, mask)
-        zk = zk.repeat_interleave(zq.shape[2] // zk.shape[2], 2)
-        seen = (zq * zk.cumsum(1).conj()).real.sum((0, 1)) * d_head**-0.5
-        first = (zq * zk[:, :1].conj()).real.sum((0, 1)) * d_head**-0.5
+        groups = (k.shape[2], q.shape[2] // k.shape[2])
+        seen, first = 0.0, 0.0
+        for of_q, of_k in zip(self._pairs(layer, q, mask), self._pairs(layer, k, mask)):
+            of_q, of_k = of_q.unflatten(2, groups), of_k.double()
+            seen += (of_q * of_k.cumsum(1)[:, :, :, None]).sum((0, 1)).flatten(0, 1)
+            first += (of_q.sum(1, dtype=torch.float64) * of_k[:, 0, :, None]).sum(0).flatten(0, 1)
         for store, now in ((self.logits, seen), (self.logits_first, first)):
-            store[layer] = store[layer] + now if layer in store else now
+            store[layer] = store.get(layer, 0.0) + now * d_head**-0.5
         if layer == next(iter(self.layout)):
             lengths = mask.sum(1).long()
             self.n_pairs += int((lengths * (lengths + 1) // 2).sum())
@@ -327,6 +332,15 @@ class _Sums:
             n_positions=n,
             bos=bos,
         )
+
+
+def _taken(value: Tensor, index: Tensor) -> Tensor:
+    """Some of the last axis; a view where they are evenly spaced, as pairs are."""
+    step = int(index[1] - index[0]) if len(index) > 1 else 1
+    start, stop = int(index[0]), int(index[-1]) + 1
+    if step > 0 and torch.equal(index, torch.arange(start, stop, step)):
+        return value[..., start:stop:step]
+    return value[..., index.to(value.device)]
 
 
 def check_length(seen: ModelView, samples: Samples) -> None:
