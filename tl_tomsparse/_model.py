@@ -15,7 +15,7 @@ package, only these know what TransformerLens looks like.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model_identity import Basis, ModelIdentity, as_bits, fingerprint
 from tl_tomsparse._model_reader import Reader
-from tl_tomsparse._model_rotary import Rotation, find_rotations
+from tl_tomsparse._model_rotary import LENGTH, NOTHING_TURNED, Rotation, find_rotations, same_rotation
 from tl_tomsparse._model_sites import Sites, apply_matrix
 from tl_tomsparse._model_weights import MATRICES, Key, MatrixName, Weights
 
@@ -41,6 +41,7 @@ except ImportError:  # TransformerLens 4 has the bridge only
 
 __all__ = [
     "MATRICES",
+    "NOTHING_TURNED",
     "Hook",
     "HookedTransformer",
     "Key",
@@ -97,7 +98,7 @@ class ModelView:
         self._hook_names = frozenset(model.hook_dict)
         self._identity: tuple[dict[Key, tuple[int, int, int]], ModelIdentity] | None = None
         self._centred: tuple[tuple[int, int], bool] | None = None
-        self._rotations: tuple[dict[int, Rotation], dict[int, str]] | None = None
+        self._rotations: dict[int, tuple[dict[int, Rotation], dict[int, str]]] = {}
 
         self._weights = Weights(model, self.name)
         self._sites = Sites(self, self._weights.readable)
@@ -274,19 +275,50 @@ class ModelView:
     def rotations(self) -> tuple[dict[int, Rotation], dict[int, str]]:
         """How each layer turns queries and keys by their position, checked on its activations; and for each
         other layer with attention why nothing is offered. Found once, on the unedited model.
+
+        Of rows of a few hundred tokens: some models (LongRoPE) turn longer ones by other frequencies.
         """
-        if self._rotations is not None:
-            return self._rotations
-        found = find_rotations(self)
+        return self._rotations_of(min(LENGTH, self.n_ctx))
+
+    def rotations_at(self, lengths: Collection[int]) -> tuple[dict[int, Rotation], dict[int, str]]:
+        """The same of rows of these lengths.
+
+        Raises:
+            TomsparseError: they are turned by different frequencies.
+        """
+        self.require_same_rotation(lengths)
+        usual, longest = min(LENGTH, self.n_ctx), max(lengths)
+        return self._rotations_of(usual if same_rotation(self.model, (usual, longest)) else longest)
+
+    def require_same_rotation(self, lengths: Collection[int]) -> None:
+        """Refuse rows together that would be turned by different frequencies each alone."""
+        ends = (min(lengths), max(lengths))
+        if not same_rotation(self.model, ends):
+            low, high = ends
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if same_rotation(self.model, (low, middle)) else (low, middle)
+            raise TomsparseError(
+                f"Rows of {ends[0]} and of {ends[1]} tokens together: {self.name} chooses rotary frequencies "
+                f"by the longest row, other ones from {high} tokens on, so the short rows would not be what "
+                f"they are alone. Take rows of up to {low} tokens and longer ones apart."
+            )
+
+    def _rotations_of(self, length: int) -> tuple[dict[int, Rotation], dict[int, str]]:
+        if length in self._rotations:
+            return self._rotations[length]
+        found = find_rotations(self, length)
         if not self.active_edits:  # an edit may hide a rotation, for as long as it lasts
-            self._rotations = found
+            self._rotations[length] = found
         return found
 
-    def rotated_hooks(self, layers: Collection[int], store: Callable[[int, str, Tensor], None]) -> list[Hook]:
+    def rotated_hooks(
+        self, rotations: Mapping[int, Rotation], store: Callable[[int, str, Tensor], None]
+    ) -> list[Hook]:
         """Forward hooks that hand over queries and keys after the rotation.
 
         Args:
-            layers: with a rotation.
+            rotations: of the layers that are asked for.
             store: called as `store(layer, "q" or "k", value)`, first for the query, once each a forward pass;
                 q is `[batch, pos, n_heads, d_head]`, k `[batch, pos, n_kv_heads, d_head]`. Rows must begin at
                 position 0: right-padded, without a key-value cache.
@@ -294,16 +326,13 @@ class ModelView:
 
         def hand_over(value: Tensor, hook: Any, *, layer: int, part: str) -> None:
             del hook  # the bridge passes another name of the same point
-            rotation = self.rotations[0][layer]
-            if not rotation.shown_rotated:
-                positions = torch.arange(value.shape[1], device=value.device)
-                value = rotation.turn(value, positions[None].expand(value.shape[:2]))
-            store(layer, part, value)
+            value = value.unflatten(-1, (-1, self.d_head)) if value.ndim == 3 else value
+            store(layer, part, rotations[layer].compared(value, part))
 
         return [
             (name, partial(hand_over, layer=layer, part=part))
-            for layer in layers
-            for part, name in zip("qk", self.rotations[0][layer].sites)
+            for layer, rotation in rotations.items()
+            for part, name in zip("qk", rotation.sites)
         ]
 
     def pattern_hooks(self, store: Callable[[int, Tensor], None]) -> list[Hook]:

@@ -36,6 +36,11 @@ class Weights:
         self._d_head = int(model.cfg.d_head)
         self._owners: dict[Key, tuple[nn.Module, str, bool]] = {}
         self.reasons: dict[str, str] = {}
+        if not hasattr(model, "blocks"):
+            raise TomsparseError(
+                f"{name} has no single stack of layers (TransformerLens gives it no `blocks`), so its "
+                "matrices cannot be named by layer."
+            )
         every = [(layer, matrix) for layer in range(int(model.cfg.n_layers)) for matrix in MATRICES]
         self.readable: list[Key] = [key for key in every if self._is_readable(key)]
         readable = {matrix for _, matrix in self.readable}
