@@ -8,6 +8,9 @@ from family import (
     D_MLP,
     D_MODEL,
     D_VOCAB,
+    FALCON,
+    FALCON_PLACES,
+    GPT,
     HEADS,
     LAYERS,
     LLAMA,
@@ -99,32 +102,16 @@ FIRST: dict[str, Family] = {
         rotary_dim=2,
     ),
     "Falcon": Family(
-        made(
-            "Falcon",
-            **common(),
-            new_decoder_architecture=False,
-            multi_query=True,
-            parallel_attn=True,
-            ffn_hidden_size=D_MLP,
-            alibi=False,
-        ),
+        made("Falcon", **FALCON, multi_query=True, alibi=False),
         layers="transformer.h",
-        places=fused("self_attention.query_key_value", "blocks")
-        | {"O": Place("self_attention.dense")}
-        | NEOX_MLP,
+        places=FALCON_PLACES,
         kv_heads=1,
     ),
     "GPT-J": Family(
         made(
             "GPTJ",
-            vocab_size=D_VOCAB,
-            n_embd=D_MODEL,
-            n_layer=LAYERS,
-            n_head=HEADS,
-            n_positions=128,
+            **GPT,
             rotary_dim=4,
-            bos_token_id=1,
-            eos_token_id=2,
         ),
         layers="transformer.h",
         places={**{m: Place(f"attn.{m.lower()}_proj") for m in "QKV"}, "O": Place("attn.out_proj")}
@@ -169,14 +156,8 @@ FIRST: dict[str, Family] = {
     "GPT-2": Family(
         made(
             "GPT2",
-            vocab_size=D_VOCAB,
-            n_embd=D_MODEL,
-            n_layer=LAYERS,
-            n_head=HEADS,
+            **GPT,
             n_inner=D_MLP,
-            n_positions=128,
-            bos_token_id=1,
-            eos_token_id=2,
         ),
         layers="transformer.h",
         places={m: Place("attn.c_attn", m.lower(), "blocks", True) for m in "QKV"}

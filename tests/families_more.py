@@ -7,11 +7,13 @@ from family import (
     D_MLP,
     D_MODEL,
     D_VOCAB,
+    FALCON,
+    FALCON_PLACES,
     GATED,
+    GPT,
     HEADS,
     LAYERS,
     LLAMA,
-    NEOX_MLP,
     SEPARATE,
     Family,
     Place,
@@ -38,15 +40,6 @@ STATE_SPACE = {
     "mamba_d_head": 8,
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
-}
-GPT = {
-    "vocab_size": D_VOCAB,
-    "n_embd": D_MODEL,
-    "n_layer": LAYERS,
-    "n_head": HEADS,
-    "n_positions": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 UNGATED = {"in": Place("mlp.up_proj"), "out": Place("mlp.down_proj")}
 FEED_FORWARD = {
@@ -141,19 +134,9 @@ MORE: dict[str, Family] = {
     "ERNIE 4.5": Family(made("Ernie4_5", **common(), head_dim=8), places=LLAMA, base=5e5, pairing="adjacent"),
     "EXAONE 4": Family(made("Exaone4", **common(), **SLIDING), places=LLAMA, not_rotated=(1,)),
     "Falcon, ALiBi": Family(
-        made(
-            "Falcon",
-            **common(),
-            new_decoder_architecture=False,
-            multi_query=True,
-            parallel_attn=True,
-            ffn_hidden_size=D_MLP,
-            alibi=True,
-        ),
+        made("Falcon", **FALCON, multi_query=True, alibi=True),
         layers="transformer.h",
-        places=fused("self_attention.query_key_value", "blocks")
-        | {"O": Place("self_attention.dense")}
-        | NEOX_MLP,
+        places=FALCON_PLACES,
         kv_heads=1,
         positions="ALiBi",
     ),

@@ -122,3 +122,16 @@ def fused(module: str, layout: str) -> dict[str, Place]:
 
 PHI_MLP = {"in": Place("mlp.fc1"), "out": Place("mlp.fc2")}
 NEOX_MLP = {"in": Place("mlp.dense_h_to_4h"), "out": Place("mlp.dense_4h_to_h")}
+GPT = {
+    "vocab_size": D_VOCAB,
+    "n_embd": D_MODEL,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FALCON = {**common(), "new_decoder_architecture": False, "parallel_attn": True, "ffn_hidden_size": D_MLP}
+FALCON_PLACES = (
+    fused("self_attention.query_key_value", "blocks") | {"O": Place("self_attention.dense")} | NEOX_MLP
+)
