@@ -15,7 +15,7 @@ import torch
 
 from tl_tomsparse import models
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse._model import HookedTransformer, view
+from tl_tomsparse._model import HookedTransformer, ModelView, view
 from tl_tomsparse.models import load_model
 from tl_tomsparse.samples import text_samples
 from tl_tomsparse.sensitivity import fisher_diagonal
@@ -100,6 +100,20 @@ def test_embedded_model_loads_offline(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     with pytest.raises(TomsparseError, match="no embedded model"):
         load_model()
+
+
+def test_what_cannot_be_run_in_float64_names_the_cure() -> None:
+    """The mask of XGLM; and products of all experts at once, where they were asked for by hand."""
+    with pytest.raises(
+        TomsparseError, match=r"cannot be run in torch.float64 .* load it with dtype=torch.float32"
+    ):
+        load_model(families.directory("XGLM"), device="cpu", dtype=torch.float64)
+    model = load_model(families.directory("Mixtral"), device="cpu", dtype=torch.float64)
+    model.original_model.set_experts_implementation("grouped_mm")
+    with pytest.raises(
+        TomsparseError, match=r"cannot be run in torch.float64 .* in float32, or with load_model"
+    ):
+        ModelView(model)
 
 
 @pytest.mark.skipif(HookedTransformer is not None, reason="TransformerLens 3 has HookedTransformer")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_tomsparse import _folder, experiment, pipeline, sensitivity
+from tl_tomsparse import _fisher_progress, _folder, experiment, pipeline, sensitivity
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
 from tl_tomsparse._points import PointMeter
@@ -166,7 +166,7 @@ class Stop:
     ids=["at once", "sensitivity", "sweep", "effect"],
 )
 def test_a_stopped_run_continues_to_the_same_numbers(finished, tmp_path, monkeypatch, owner, name, n):
-    monkeypatch.setattr(sensitivity, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(_fisher_progress, "_CHECKPOINT_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         Stop(patch, owner, name, n, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):

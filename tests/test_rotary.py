@@ -5,6 +5,7 @@ frequency against loops over positions in float64.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import families
@@ -14,8 +15,9 @@ import pytest
 import scipy.stats
 import tiny
 import torch
-from families import D_HEAD, FAMILIES
-from test_families import CASES, original
+from families import FAMILIES
+from family import D_HEAD, LAYERS, common, made, rope, without
+from test_families import CASES, dtype_of, load, original
 from torch import Tensor
 
 import tl_tomsparse as tt
@@ -24,16 +26,15 @@ from tl_tomsparse.models import load_model
 from tl_tomsparse.samples import Samples
 
 ROTARY = [(name, backend) for name, backend in CASES if FAMILIES[name].positions == "rotary"]
-BASES = {"Mixtral": 1e6, "SmolLM3": 2e6, "Cohere": 5e5}
-ROTARY_DIMS = {"Phi": 4, "Phi-3": 4, "StableLM": 2, "GPT-NeoX (Pythia)": 2, "GPT-J": 4, "GLM-4": 4}
-ADJACENT = ("GPT-J", "Cohere", "GLM-4")
 
 
 def frequencies(name: str, layer: int) -> list[float]:
     """Radians a position: base^(-2m / rotary_dim), then what the family's scaling says."""
-    base, n = BASES.get(name, 1e4), ROTARY_DIMS.get(name, D_HEAD)
-    if name == "Gemma 3":
-        base = (1e4, 1e6)[layer]
+    family = FAMILIES[name]
+    if family.frequencies is not None:
+        return family.frequencies[layer]
+    base = family.base[layer] if isinstance(family.base, tuple) else family.base
+    n = family.rotary_dim
     plain = [base ** (-2 * m / n) for m in range(n // 2)]
     if "linear" in name:
         return [theta / 2 for theta in plain]
@@ -59,14 +60,22 @@ def frequencies(name: str, layer: int) -> list[float]:
 def test_frequencies_and_pairs_are_those_of_the_formulas(name: str, backend: Any) -> None:
     model = load_model(families.directory(name), backend=backend, device="cpu")
     rotations, reasons = view(model).rotations
-    assert set(reasons) == ({1} if name == "SmolLM3" else set())
+    family = FAMILIES[name]
+    assert reasons == dict.fromkeys(family.not_rotated, "its queries are not rotated")
+    assert sorted({*rotations, *reasons}) == list(family.attention_layers or range(LAYERS))
     for layer, rotation in rotations.items():
         expected = frequencies(name, layer)
         assert rotation.frequencies.tolist() == pytest.approx(expected, rel=1e-5)
-        pairs = list(zip(rotation.first.tolist(), rotation.second.tolist()))
-        n = len(expected)
-        half = [(m, m + n) for m in range(n)]
-        assert pairs == ([(2 * m, 2 * m + 1) for m in range(n)] if name in ADJACENT else half)
+        assert list(zip(rotation.first.tolist(), rotation.second.tolist())) == pairs_of(name, len(expected))
+
+
+def pairs_of(name: str, n: int) -> list[tuple[int, int]]:
+    """The dimensions that each frequency turns."""
+    return {
+        "half": [(m, m + n) for m in range(n)],
+        "half, backwards": [(m + n, m) for m in range(n)],
+        "adjacent": [(2 * m, 2 * m + 1) for m in range(n)],
+    }[FAMILIES[name].pairing]
 
 
 def test_turning_is_multiplication_by_a_complex_number_and_back_again() -> None:
@@ -94,24 +103,24 @@ def some_samples(n_tokens: tuple[int, ...] = (13, 9, 11)) -> Samples:
     return Samples.from_rows(rows, [1] * len(rows), ids, bos=False, supervise="text", pad=0)
 
 
-def queries_and_keys(name: str, samples: Samples) -> dict[int, list[tuple[Tensor, Tensor]]]:
+def queries_and_keys(
+    name: str, samples: Samples, dtype: torch.dtype = torch.float64
+) -> dict[int, list[tuple[Tensor, Tensor]]]:
     """For each layer and row rotated q `[pos, heads, d_head]` and k, of the `transformers` model alone: what
     its attention function receives.
     """
     import transformers.modeling_utils as utils
 
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    hf = original(name)
+    hf = original(name, dtype)
 
-    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, *mask: Any, **options: Any) -> Any:
+        del mask
+        options.pop("attention_mask", None)
         found.setdefault(module.layer_idx, []).append((q[0].transpose(0, 1), k[0].transpose(0, 1)))
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
-        scaling = options.get("scaling") or q.shape[-1] ** -0.5
-        scores = q @ k.transpose(-1, -2) * scaling
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        pattern = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return (pattern @ v).transpose(1, 2), pattern
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        hidden = torch.full((1, 1, q.shape[2], k.shape[2]), -torch.inf, dtype=q.dtype).triu(1)
+        return eager(module, q, k, v, hidden, **options)
 
     utils.ALL_ATTENTION_FUNCTIONS.register("spy", spy)
     hf.set_attn_implementation("spy")
@@ -120,21 +129,25 @@ def queries_and_keys(name: str, samples: Samples) -> dict[int, list[tuple[Tensor
     return found
 
 
+# These compute attention without the function that can be looked into.
+HIDDEN = ("GPT-J", "CodeGen", "Falcon")
+# A few ways of making queries and keys, for the slower loops of test_sink.
 SPIED = ["Llama", "Llama, yarn", "Qwen3", "Gemma 3", "Phi", "Phi-3", "GPT-NeoX (Pythia)", "Cohere", "GLM-4"]
+SPIED += ["Phi-3, LongRoPE", "NanoChat"]
 
 
-@pytest.mark.parametrize(("name", "backend"), [case for case in ROTARY if case[0] in SPIED])
+@pytest.mark.parametrize(("name", "backend"), [case for case in ROTARY if case[0] not in HIDDEN])
 def test_norms_and_logits_are_those_of_loops_over_positions(name: str, backend: Any) -> None:
     samples = some_samples()
-    model = load_model(families.directory(name), backend=backend, device="cpu", dtype=torch.float64)
+    model = load(name, backend)
     norms = tt.frequency_norms(model, samples, batch_tokens=30, show_progress=False)
-    expected = queries_and_keys(name, samples)
+    expected = queries_and_keys(name, samples, dtype_of(name, backend))
     assert norms.n_positions == int(samples.attention_mask.sum())
+    expected = {layer: expected[layer] for layer in expected if layer not in FAMILIES[name].not_rotated}
     assert list(norms.layout) == sorted(expected)
     for layer, rows in expected.items():
         n = len(frequencies(name, layer))
-        adjacent = name in ADJACENT
-        pairs = [(2 * m, 2 * m + 1) if adjacent else (m, m + n) for m in range(n)]
+        pairs = pairs_of(name, n)
         for part, index in (("q", 0), ("k", 1)):
             values = torch.cat([row[index] for row in rows])  # every position of every row
             for m, (i, j) in enumerate(pairs):
@@ -241,7 +254,7 @@ def test_layout_as_a_table() -> None:
 
 def test_a_rotation_hidden_by_training_mode_or_an_edit_is_found_afterwards() -> None:
     model = tiny.model("llama")
-    view(model)._rotations = None
+    view(model)._rotations.clear()
     with pytest.raises(tt.TomsparseError, match="training mode"):
         tt.RotaryLayout.of(model.train())
     model.eval()
@@ -254,10 +267,10 @@ def test_a_rotation_hidden_by_training_mode_or_an_edit_is_found_afterwards() -> 
 def test_large_slow_pairs_do_not_hide_the_rotation_in_half_precision(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = families.made(
+    config = made(
         "Qwen2",
-        **families.common(),
-        **families.rope("default") | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        **common(),
+        **rope("default") | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     )()
     hf = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -274,12 +287,67 @@ def test_large_slow_pairs_do_not_hide_the_rotation_in_half_precision(tmp_path: A
 def test_long_context_factors_are_no_obstacle_where_the_pattern_is_compared(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    scaling = families.rope("yarn", factor=4.0, original_max_position_embeddings=32)
-    config = families.made("GPTNeoX", **families.without("num_key_value_heads"), **scaling)()
+    scaling = rope("yarn", factor=4.0, original_max_position_embeddings=32)
+    config = made("GPTNeoX", **without("num_key_value_heads"), **scaling)()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny.build_tokenizer().save_pretrained(tmp_path)
     layout = tt.RotaryLayout.of(load_model(tmp_path, device="cpu"))
     assert list(layout) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["Llama, LongRoPE", "Phi-3, LongRoPE"])
+def test_rows_that_are_turned_by_other_frequencies_when_long(name: str) -> None:
+    """Made for 32 tokens: frequencies are divided by one list of factors up to there, by another beyond."""
+    model = load(name, "bridge")
+    short, long = (1.0, 1.1, 1.2, 1.3), (2.0, 3.0, 4.0, 5.0)
+    for length, factors in ((20, short), (32, short), (33, long), (128, long)):
+        expected = [10**-m / factor for m, factor in enumerate(factors)]
+        found = tt.RotaryLayout.of(model, length=length)[1].frequencies
+        assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    for lengths in ((20, 31), (40, 35)):
+        samples = some_samples(lengths)
+        norms = tt.frequency_norms(model, samples, show_progress=False)
+        for layer, rows in queries_and_keys(name, samples).items():
+            values = torch.cat([row[1] for row in rows])  # keys
+            for m, (i, j) in enumerate(pairs_of(name, 4)):
+                close(norms.rms[layer, "k"][:, m], (values[..., i] ** 2 + values[..., j] ** 2).mean(0).sqrt())
+            close(tt.bos_angles(model, samples, show_progress=False).to_sink[layer], angles_of(rows))
+    for measure in (tt.frequency_norms, tt.bos_angles, tt.fisher_diagonal, tt.perplexity):
+        with pytest.raises(tt.TomsparseError, match=r"20 and of 40 .* from 33 tokens on.* up to 32 tokens"):
+            measure(model, some_samples((20, 40)), show_progress=False)
+
+
+def angles_of(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """`[n, heads]` mean degrees between each query and the first key."""
+    means = []
+    for q, k in rows:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)[0]
+        cosine = torch.nn.functional.cosine_similarity(q[1:], k[None].expand_as(q[1:]), dim=-1)
+        means.append(cosine.arccos().rad2deg().mean(0))
+    return torch.stack(means)
+
+
+def test_what_is_not_the_rotation_that_is_predicted_is_refused_by_reason() -> None:
+    llama = tiny.model("llama")
+    with llama.hooks(fwd_hooks=[("blocks.0.attn.hook_rot_k", lambda value, hook: value.roll(1, 1))]):
+        _, reasons = view(llama).rotations
+    assert list(reasons) == [0]
+    assert "not what any of its frequencies predict" in reasons[0]
+    neox = tiny.model("neox")
+
+    def flipped(value: Tensor, hook: Any) -> Tensor:
+        return value[:, [1, 0, 3, 2]]
+
+    with neox.hooks(fwd_hooks=[("blocks.1.attn.hook_attn_scores", flipped)]):
+        _, reasons = view(neox).rotations
+    assert list(reasons) == [1]
+    assert "something else is done to them that no hook point shows" in reasons[1]
+
+
+def test_strings_are_no_samples() -> None:
+    for measure in (tt.frequency_norms, tt.bos_angles, tt.sink_attention):
+        with pytest.raises(tt.TomsparseError, match="samples is a list; make samples with"):
+            measure(tiny.model(), ["Sally looks"], show_progress=False)
 
 
 def test_batches_of_no_tokens_are_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tl_tomsparse.sensitivity as module
+from tl_tomsparse import _fisher_progress
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
 from tl_tomsparse.edit import SparseEdit
@@ -304,7 +305,7 @@ def text_longer_than_the_context() -> Samples:
 def test_resumes_exactly(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples, path = tiny.model("llama", backend), mixed(), tmp_path / "progress.safetensors"
     expected = fisher(model, samples, batch_tokens=60)
-    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(_fisher_progress, "_CHECKPOINT_SECONDS", 0.0)
     original, calls = module._loss, []
 
     def interrupted(read: Any, batch: Samples) -> Tensor:

@@ -42,7 +42,8 @@ def test_rotary_hooks_that_never_fire(kind: str, fires: bool) -> None:
     assert "blocks.1.attn.hook_rot_q" in model.hook_dict
     assert fired(model, "blocks.1.attn.hook_rot_q") == int(fires)
     seen: dict[str, Tensor] = {}
-    hooks = view(model).rotated_hooks([1], lambda layer, part, value: seen.update({part: value}))
+    some = {1: view(model).rotations[0][1]}
+    hooks = view(model).rotated_hooks(some, lambda layer, part, value: seen.update({part: value}))
     with torch.no_grad(), view(model).hooks(hooks):
         view(model).logits(TOKENS, MASK)
         expected = hf(TOKENS, output_attentions=True).attentions[1]

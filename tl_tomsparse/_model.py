@@ -7,6 +7,8 @@ d_model]`. A [`ModelView`][] finds, for each layer and matrix, the live weight a
 not pass is not offered, with the reason. Architectures are not recognised by name, and nothing is claimed
 about matrices outside these seven (experts, embeddings, norms).
 
+What is known of the model as a whole (sizes, tokens, identity) is in `_model_facts`.
+
 Other modules import from here. The work is in `_model_weights` (where weights lie, how they are oriented),
 `_model_sites` (where inputs and outputs are seen), `_model_rotary` (how queries and keys are turned by their
 position), `_model_reader` (logits at chosen positions) and `_model_identity` (what the weights are); of the
@@ -15,32 +17,27 @@ package, only these know what TransformerLens looks like.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
 from tl_tomsparse._checks import TomsparseError, check_choice
-from tl_tomsparse._model_identity import Basis, ModelIdentity, as_bits, fingerprint
+from tl_tomsparse._model_facts import HookedTransformer, ModelFacts
+from tl_tomsparse._model_identity import ModelIdentity, as_bits
 from tl_tomsparse._model_reader import Reader
-from tl_tomsparse._model_rotary import Rotation, find_rotations
+from tl_tomsparse._model_rotary import LENGTH, NOTHING_TURNED, Rotation, find_rotations, same_rotation
 from tl_tomsparse._model_sites import Sites, apply_matrix
-from tl_tomsparse._model_weights import MATRICES, Key, MatrixName, Weights
-
-try:
-    from transformer_lens import HookedTransformer
-except ImportError:  # TransformerLens 4 has the bridge only
-    HookedTransformer = None
+from tl_tomsparse._model_weights import MATRICES, Key, MatrixName
 
 __all__ = [
     "MATRICES",
+    "NOTHING_TURNED",
     "Hook",
     "HookedTransformer",
     "Key",
@@ -71,135 +68,30 @@ def view(model: Any) -> ModelView:
     return made
 
 
-class ModelView:
+class ModelView(ModelFacts):
     """Live weights and hook points of one model; see the module docstring. Use [`view`][], which caches.
 
     Attributes:
-        model: the `HookedTransformer` or `TransformerBridge`.
-        n_layers, n_heads, n_kv_heads, d_model, d_head, d_mlp, n_ctx, d_vocab: sizes; d_mlp is 0 without a
-            dense MLP.
         matrices: the names available in at least one layer.
         missing: for each other name, why it is not available.
-        active_edits: edits that are in the weights now, innermost last.
     """
 
     def __init__(self, model: Any) -> None:
-        _check_kind(model)
-        self.model = model
-        cfg = model.cfg
-        self.n_layers: int = int(cfg.n_layers)
-        self.n_heads: int = int(cfg.n_heads)
-        self.d_model: int = int(cfg.d_model)
-        self.d_head: int = int(cfg.d_head)
-        self.n_ctx: int = _context_length(model)
-        self.d_vocab: int = int(cfg.d_vocab)
-        self.active_edits: list[Any] = []
+        super().__init__(model)
         self._hook_names = frozenset(model.hook_dict)
-        self._identity: tuple[dict[Key, tuple[int, int, int]], ModelIdentity] | None = None
-        self._centred: tuple[tuple[int, int], bool] | None = None
-        self._rotations: tuple[dict[int, Rotation], dict[int, str]] | None = None
-
-        self._weights = Weights(model, self.name)
+        self._rotations: dict[int, tuple[dict[int, Rotation], dict[int, str]]] = {}
         self._sites = Sites(self, self._weights.readable)
         if not self._sites.pairs:
             why = "; ".join(dict.fromkeys(self._sites.reasons.values()))
             raise TomsparseError(f"{self.name} cannot be examined: {why}.")
         shapes = {matrix: self.shape((layer, matrix)) for layer, matrix in self._sites.pairs}
-        self.n_kv_heads: int = shapes.get("K", (self.n_heads,))[0]
-        self.d_mlp: int = shapes["in"][1] if "in" in shapes else 0
+        self.n_kv_heads = shapes.get("K", (self.n_heads,))[0]
+        self.d_mlp = shapes["in"][1] if "in" in shapes else 0
         present = {matrix for _, matrix in self._sites.pairs}
         reasons = self._weights.reasons | self._sites.reasons
         self.matrices: tuple[MatrixName, ...] = tuple(m for m in MATRICES if m in present)
         self.missing = {m: reasons.get(m, "the model has none") for m in MATRICES if m not in present}
         self._made_for = self._signature(model)
-
-    # ---- facts
-
-    @property
-    def name(self) -> str:
-        """The model's name without organisation or directory."""
-        return str(self.model.cfg.model_name).rstrip("/").split("/")[-1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first weight lies; inputs belong there."""
-        return self._weights.parameter(self._weights.readable[0]).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self._weights.parameter(self._weights.readable[0]).dtype
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or None."""
-        return self.model.tokenizer
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The id of the beginning-of-sequence token, or None.
-
-        TransformerLens gives a tokenizer without one its end-of-sequence token, and where there is none
-        either, a new token, which the model has never read and may have no embedding for.
-        """
-        given = getattr(self.tokenizer, "init_kwargs", {})
-        same = getattr(self.tokenizer, "bos_token", None) == getattr(self.tokenizer, "eos_token", None)
-        if same and given.get("bos_token") is None and given.get("eos_token") is None:
-            return None
-        return self._token_id("bos")
-
-    @property
-    def pad_token_id(self) -> int:
-        """An id to fill up rows with; never attended to, so any will do."""
-        return next((token for name in ("pad", "eos") if (token := self._token_id(name)) is not None), 0)
-
-    @property
-    def basis(self) -> Basis:
-        """Whether norms are folded or weights centred ("processed") or neither ("raw")."""
-        if str(self.model.cfg.normalization_type).endswith("Pre"):
-            return "processed"
-        if getattr(self.model, "_weights_processed", False):
-            return "processed"
-        # Centring leaves no flag, but rows of the embedding with mean zero; no training does that.
-        embedding = self.model.W_E.detach()
-        stamp = (embedding.data_ptr(), embedding._version)
-        if self._centred is None or self._centred[0] != stamp:
-            rows = embedding[: self.d_vocab]
-            rounding = max(1e-6, torch.finfo(rows.dtype).eps / 2)
-            centred = bool((rows.float().mean(-1).abs().max() < rounding * rows.float().std()).item())
-            self._centred = stamp, centred
-        return "processed" if self._centred[1] else "raw"
-
-    def identity(self) -> ModelIdentity:
-        """What these weights are; computed once, and again when a weight was replaced or written to.
-
-        While an edit is in the weights, this is the identity of the unedited weights. What is written through
-        `parameter.data` is not seen, since PyTorch does not count it.
-        """
-        if self._identity is not None and self.active_edits:
-            return self._identity[1]
-        stamp = self._stamp()
-        if self._identity is None or self._identity[0] != stamp:
-            self._identity = (
-                stamp,
-                ModelIdentity(
-                    name=self.name,
-                    fingerprint=fingerprint(self._named()),
-                    basis=self.basis,
-                    transformer_lens=version("transformer-lens"),
-                    n_layers=self.n_layers,
-                    n_heads=self.n_heads,
-                    n_kv_heads=self.n_kv_heads,
-                    d_model=self.d_model,
-                    d_head=self.d_head,
-                    d_mlp=self.d_mlp,
-                ),
-            )
-        return self._identity[1]
-
-    def edited(self) -> str | None:
-        """While edits are in the weights, a fingerprint of the edited weights; otherwise None."""
-        return fingerprint(self._named()) if self.active_edits else None
 
     # ---- matrices
 
@@ -274,19 +166,50 @@ class ModelView:
     def rotations(self) -> tuple[dict[int, Rotation], dict[int, str]]:
         """How each layer turns queries and keys by their position, checked on its activations; and for each
         other layer with attention why nothing is offered. Found once, on the unedited model.
+
+        Of rows of a few hundred tokens: some models (LongRoPE) turn longer ones by other frequencies.
         """
-        if self._rotations is not None:
-            return self._rotations
-        found = find_rotations(self)
+        return self._rotations_of(min(LENGTH, self.n_ctx))
+
+    def rotations_at(self, lengths: Collection[int]) -> tuple[dict[int, Rotation], dict[int, str]]:
+        """The same of rows of these lengths.
+
+        Raises:
+            TomsparseError: they are turned by different frequencies.
+        """
+        self.require_same_rotation(lengths)
+        usual, longest = min(LENGTH, self.n_ctx), max(lengths)
+        return self._rotations_of(usual if same_rotation(self.model, (usual, longest)) else longest)
+
+    def require_same_rotation(self, lengths: Collection[int]) -> None:
+        """Refuse rows together that would be turned by different frequencies each alone."""
+        ends = (min(lengths), max(lengths))
+        if not same_rotation(self.model, ends):
+            low, high = ends
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if same_rotation(self.model, (low, middle)) else (low, middle)
+            raise TomsparseError(
+                f"Rows of {ends[0]} and of {ends[1]} tokens together: {self.name} chooses rotary frequencies "
+                f"by the longest row, other ones from {high} tokens on, so the short rows would not be what "
+                f"they are alone. Take rows of up to {low} tokens and longer ones apart."
+            )
+
+    def _rotations_of(self, length: int) -> tuple[dict[int, Rotation], dict[int, str]]:
+        if length in self._rotations:
+            return self._rotations[length]
+        found = find_rotations(self, length)
         if not self.active_edits:  # an edit may hide a rotation, for as long as it lasts
-            self._rotations = found
+            self._rotations[length] = found
         return found
 
-    def rotated_hooks(self, layers: Collection[int], store: Callable[[int, str, Tensor], None]) -> list[Hook]:
+    def rotated_hooks(
+        self, rotations: Mapping[int, Rotation], store: Callable[[int, str, Tensor], None]
+    ) -> list[Hook]:
         """Forward hooks that hand over queries and keys after the rotation.
 
         Args:
-            layers: with a rotation.
+            rotations: of the layers that are asked for.
             store: called as `store(layer, "q" or "k", value)`, first for the query, once each a forward pass;
                 q is `[batch, pos, n_heads, d_head]`, k `[batch, pos, n_kv_heads, d_head]`. Rows must begin at
                 position 0: right-padded, without a key-value cache.
@@ -294,16 +217,13 @@ class ModelView:
 
         def hand_over(value: Tensor, hook: Any, *, layer: int, part: str) -> None:
             del hook  # the bridge passes another name of the same point
-            rotation = self.rotations[0][layer]
-            if not rotation.shown_rotated:
-                positions = torch.arange(value.shape[1], device=value.device)
-                value = rotation.turn(value, positions[None].expand(value.shape[:2]))
-            store(layer, part, value)
+            value = value.unflatten(-1, (-1, self.d_head)) if value.ndim == 3 else value
+            store(layer, part, rotations[layer].compared(value, part))
 
         return [
             (name, partial(hand_over, layer=layer, part=part))
-            for layer in layers
-            for part, name in zip("qk", self.rotations[0][layer].sites)
+            for layer, rotation in rotations.items()
+            for part, name in zip("qk", rotation.sites)
         ]
 
     def pattern_hooks(self, store: Callable[[int, Tensor], None]) -> list[Hook]:
@@ -399,30 +319,6 @@ class ModelView:
         with self.hooks([*reader.before, *reader.after]):
             yield reader
 
-    @property
-    def before_unembedding(self) -> str | None:
-        """The hook point whose positions the unembedding sees; None where others look at its output."""
-        out = self.model.hook_dict.get("unembed.hook_out")
-        if out is not None and out.fwd_hooks:
-            return None
-        sites = ("unembed.hook_in", "ln_final.hook_normalized")
-        return next((site for site in sites if site in self._hook_names), None)
-
-    def last_layer_sites(self) -> list[tuple[str, str]]:
-        """Input and output hook points of the position-wise parts of the last layer: O, and a dense MLP.
-
-        Empty where other hooks are installed in that layer, which may rely on the shapes there.
-        """
-        layer = self.n_layers - 1
-        points = self.model.hook_dict
-        if any(points[name].fwd_hooks for name in self._hook_names if name.startswith(f"blocks.{layer}.")):
-            return []
-        pairs = self._sites.pairs
-        sites = [pairs[layer, "O"]] if (layer, "O") in pairs else []
-        if (layer, "in") in pairs and (layer, "out") in pairs:
-            sites.append((pairs[layer, "in"][0], pairs[layer, "out"][1]))
-        return sites
-
     # ---- refusals
 
     def require_eval(self) -> None:
@@ -458,42 +354,3 @@ class ModelView:
     def _signature(self, model: Any) -> tuple[Any, ...]:
         processed = getattr(model, "_weights_processed", None)
         return processed, model.cfg.normalization_type, self._weights.first_now()
-
-    def _token_id(self, name: str) -> int | None:
-        """The id of a special token if the embedding has a row for it."""
-        token = getattr(self.tokenizer, f"{name}_token_id", None)
-        return int(token) if token is not None and int(token) < self.d_vocab else None
-
-    def _stamp(self) -> dict[Key, tuple[int, int, int]]:
-        weights = {key: self._weights.parameter(key) for key in self._weights.readable}
-        return {key: (id(w), w.data_ptr(), w._version) for key, w in weights.items()}
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """What the fingerprint is of."""
-        for layer, matrix in self._weights.readable:
-            yield f"{layer}.{matrix}", self.weight((layer, matrix))
-        yield "E", self.model.W_E.detach()
-        yield "U", self.model.W_U.detach()
-
-
-def _context_length(model: Any) -> int:
-    """The smallest context length that is stated: for some models (MPT) TransformerLens has a larger one."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    stated = [
-        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")
-    ]
-    return min(int(n) for n in (model.cfg.n_ctx, *stated) if isinstance(n, int) and n > 0)
-
-
-def _check_kind(model: Any) -> None:
-    kinds = (TransformerBridge,) if HookedTransformer is None else (TransformerBridge, HookedTransformer)
-    if not isinstance(model, kinds):
-        raise TomsparseError(
-            f"The model is a {type(model).__name__}; pass a TransformerBridge or a HookedTransformer "
-            "of TransformerLens, with its weights in this process, for example load_model(name)."
-        )
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise TomsparseError(
-            f"{model.cfg.model_name} is an encoder-decoder; only decoder-only language models are supported."
-        )

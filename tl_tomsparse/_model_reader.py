@@ -31,8 +31,8 @@ class Reader:
 
     def __init__(self, model_view: ModelView) -> None:
         self._view = model_view
-        sites = model_view.last_layer_sites()
-        end = model_view.before_unembedding
+        sites = _last_layer_sites(model_view)
+        end = _before_unembedding(model_view)
         self.before: list[Hook] = [(first, self._take) for first, _ in sites]
         self.after: list[Hook] = [(last, self._put) for _, last in sites]
         self.after += [] if end is None else [(end, self._select)]
@@ -86,3 +86,28 @@ class Reader:
             return None
         index = self._narrow[..., None].expand(y.shape)
         return y.new_zeros(*self._where.shape, y.shape[-1]).scatter(1, index, y)
+
+
+def _before_unembedding(model_view: ModelView) -> str | None:
+    """The hook point whose positions the unembedding sees; None where others look at its output."""
+    out = model_view.model.hook_dict.get("unembed.hook_out")
+    if out is not None and out.fwd_hooks:
+        return None
+    sites = ("unembed.hook_in", "ln_final.hook_normalized")
+    return next((site for site in sites if site in model_view._hook_names), None)
+
+
+def _last_layer_sites(model_view: ModelView) -> list[tuple[str, str]]:
+    """Input and output hook points of the position-wise parts of the last layer: O, and a dense MLP.
+
+    Empty where other hooks are installed in that layer, which may rely on the shapes there.
+    """
+    layer = model_view.n_layers - 1
+    points = model_view.model.hook_dict
+    if any(points[name].fwd_hooks for name in model_view._hook_names if name.startswith(f"blocks.{layer}.")):
+        return []
+    pairs = model_view._sites.pairs
+    sites = [pairs[layer, "O"]] if (layer, "O") in pairs else []
+    if (layer, "in") in pairs and (layer, "out") in pairs:
+        sites.append((pairs[layer, "in"][0], pairs[layer, "out"][1]))
+    return sites

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model_weights import Key
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 _INPUTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("QKV", ("attn.hook_in", "ln1.hook_normalized")),
     "O": ("attn.o.hook_in", "attn.hook_z"),
-    **dict.fromkeys(("gate", "in"), ("mlp.hook_in", "ln2.hook_normalized")),
+    "gate": ("mlp.hook_in", "mlp.gate.hook_in", "ln2.hook_normalized"),
+    "in": ("mlp.hook_in", "mlp.in.hook_in", "ln2.hook_normalized"),
     "out": ("mlp.out.hook_in", "mlp.hook_post"),
 }
 _OUTPUTS: dict[str, tuple[str, ...]] = {
@@ -81,6 +83,14 @@ class Sites:
                     "them, or heads of another size)"
                 )
                 continue
+            if matrix in ("gate", "in") and (layer, "out") in keys:
+                needed, found = model_view.shape((layer, "out"))[0], weight.shape[1]
+                if found != needed:
+                    self.reasons[matrix] = (
+                        f"in layer {layer} its weight has {found} outputs and the MLP {needed} hidden "
+                        f"units, so it is more than the matrix {matrix!r} (a gate beside it)"
+                    )
+                    continue
             inputs = [f"blocks.{layer}.{site}" for site in _INPUTS[matrix]]
             outputs = [f"blocks.{layer}.{site}" for site in _OUTPUTS[matrix]]
             for x, y in ((x, y) for x in inputs for y in outputs if x in seen and y in seen):
@@ -140,8 +150,14 @@ def _activations(model_view: ModelView, names: Collection[str]) -> dict[str, Ten
     known = [name for name in dict.fromkeys(names) if name in model_view.model.hook_dict]
     hooks: list[tuple[str, Callable[..., Any]]] = [(name, partial(keep, name=name)) for name in known]
     tokens = (torch.arange(1, 8) * 5).remainder(model_view.d_vocab)[None, : model_view.n_ctx]
-    with torch.no_grad(), model_view.hooks(hooks):
-        model_view.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    try:
+        with torch.no_grad(), model_view.hooks(hooks):
+            model_view.logits(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    except RuntimeError as error:
+        raise TomsparseError(
+            f"{model_view.name} cannot be run in {model_view.dtype} ({error}). Load it in float32, or with "
+            "load_model, which checks that it runs."
+        ) from error
     return seen
 
 

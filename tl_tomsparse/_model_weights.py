@@ -36,6 +36,12 @@ class Weights:
         self._d_head = int(model.cfg.d_head)
         self._owners: dict[Key, tuple[nn.Module, str, bool]] = {}
         self.reasons: dict[str, str] = {}
+        if not hasattr(model, "blocks"):
+            raise TomsparseError(
+                f"{name} has no single stack of layers (TransformerLens gives it no `blocks`), so its "
+                "matrices cannot be named by layer."
+            )
+        self._check_loaded()
         every = [(layer, matrix) for layer in range(int(model.cfg.n_layers)) for matrix in MATRICES]
         self.readable: list[Key] = [key for key in every if self._is_readable(key)]
         readable = {matrix for _, matrix in self.readable}
@@ -89,34 +95,46 @@ class Weights:
             component = getattr(linear, "original_component", None)
             if component is None:
                 raise LookupError(f"its {part} has no {matrix} matrix of its own")
+            self._check_stored(layer, matrix, component, *component.parameters(), *component.buffers())
             if not isinstance(component, nn.Linear | Conv1D):
                 raise LookupError(f"{matrix} is a {type(component).__name__}, not a plain linear layer")
             return component, "weight", isinstance(component, Conv1D)
         # With grouped-query attention W_K and W_V are expanded copies; the parameters have an underscore.
         for attribute in (f"_W_{matrix}", f"W_{matrix}"):
-            if owner._parameters.get(attribute) is not None:
+            weight = owner._parameters.get(attribute)
+            if weight is not None:
+                self._check_stored(layer, matrix, owner, weight)
                 return owner, attribute, True
         raise LookupError(f"its {part} has no {matrix} matrix of its own")
 
     def _is_readable(self, key: Key) -> bool:
-        layer, matrix = key
         try:
             weight = self.parameter(key)
         except LookupError as error:
-            self.reasons[matrix] = str(error)
+            self.reasons[key[1]] = str(error)
             return False
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise TomsparseError(
-                f"{self._name} is quantised ({matrix} of layer {layer} is stored as {weight.dtype}); its "
-                "weights cannot be read or edited one by one. Load it in float32, bfloat16 or float16."
-            )
         if weight.is_inference():
             raise TomsparseError(
                 f"{self._name} was loaded in torch.inference_mode(), where PyTorch does not count writes to "
                 "weights; load it outside, and use inference_mode around your own computations."
             )
-        if weight.device.type == "meta":
-            raise TomsparseError(
-                f"{self._name} has weights that are not loaded (device meta); load it whole."
-            )
         return True
+
+    def _check_stored(self, layer: int, matrix: str, module: nn.Module, *tensors: Tensor) -> None:
+        """Refuse weights in a few bits, whatever module holds them."""
+        for tensor in tensors:
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise TomsparseError(
+                    f"{self._name} is quantised ({matrix} of layer {layer} is a {type(module).__name__} with "
+                    f"weights stored as {tensor.dtype}); its weights cannot be read or edited one by one. "
+                    "Load it in float32, bfloat16 or float16."
+                )
+
+    def _check_loaded(self) -> None:
+        """Refuse weights that are elsewhere: made without values, or offloaded and fetched when needed."""
+        for name, parameter in nn.Module.named_parameters(self._model):
+            if parameter.device.type == "meta":
+                raise TomsparseError(
+                    f"{self._name} has weights that are not here (device meta, {name}): it was made without "
+                    "them, or they are offloaded. Load it whole, without device_map or offloading."
+                )

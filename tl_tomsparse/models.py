@@ -74,8 +74,8 @@ def load_model(
     hf, tokenizer = _load_hf(path, dtype)
     hf.to(where)
     make = _make_bridge if backend == "bridge" else _make_hooked
+    tokens, expected = _logits_before(hf, path, where)
     try:
-        tokens, expected = _logits_before(hf, where)
         model = make(hf, tokenizer, path, where, dtype).eval()
         _check_logits(model, tokens, expected, backend)
     except TomsparseError:
@@ -83,7 +83,7 @@ def load_model(
     except Exception as error:  # TransformerLens raises many kinds, depending on what it does not know
         raise TomsparseError(
             f"TransformerLens cannot make a {backend} model of {path} ({hf.config.model_type}): "
-            f"{_first_line(error)}."
+            f"{_first_line(error)}." + (" Try dtype=torch.float32." if dtype != torch.float32 else "")
         ) from error
     model.cfg.model_name = name
     return model
@@ -206,14 +206,22 @@ def _make_hooked(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype
 
 
 @torch.no_grad()
-def _logits_before(hf: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _logits_before(hf: Any, path: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Some tokens and the original's logits for them, before TransformerLens works on it; a few tens of
     positions show wrong rotary angles.
     """
+    if hf.dtype == torch.float64 and hasattr(hf, "set_experts_implementation"):
+        hf.set_experts_implementation("eager")  # products of all experts at once exist up to float32 only
     config = hf.config.get_text_config()
     length = min(64, int(getattr(config, "max_position_embeddings", None) or 64))
     tokens = (torch.arange(length, device=device) * 7919).remainder(int(config.vocab_size))[None]
-    return tokens, hf(tokens, use_cache=False).logits.float()
+    try:
+        return tokens, hf(tokens, use_cache=False).logits.float()
+    except RuntimeError as error:
+        raise TomsparseError(
+            f"{path} ({hf.config.model_type}) cannot be run in {hf.dtype} by transformers itself: "
+            f"{_first_line(error)}; load it with dtype=torch.float32."
+        ) from error
 
 
 @torch.no_grad()

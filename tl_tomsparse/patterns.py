@@ -18,8 +18,7 @@ from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
-from tl_tomsparse.rotary import check_length
-from tl_tomsparse.samples import Samples
+from tl_tomsparse.samples import Samples, check_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +68,7 @@ def attention_pattern(
     if sample is not None and sample not in samples.ids:
         raise TomsparseError(f"There is no sample {sample!r}; the first one is {samples.ids[0]!r}.")
     row = samples[[0 if sample is None else samples.ids.index(sample)]]
-    check_length(seen, row)
+    check_samples(seen, row)
     found: dict[int, Tensor] = {}
     with (
         torch.no_grad(),

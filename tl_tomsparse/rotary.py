@@ -23,7 +23,7 @@ from torch import Tensor
 from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._model import ModelView, Rotation, view
 from tl_tomsparse._stream import Current, Measure, stream
-from tl_tomsparse.samples import Samples
+from tl_tomsparse.samples import Samples, check_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,8 @@ class RotaryLayer:
 
     Attributes:
         frequencies: `[pairs]`, float64, radians a position, as the model uses them.
-        pairs: `[pairs, 2]` the two dimensions of a head that each frequency turns.
+        pairs: `[pairs, 2]` the two dimensions of a head that each frequency turns, from the first towards the
+            second.
         pairing: "half" (m, m + rotary_dim / 2), or "adjacent" (2m, 2m + 1).
     """
 
@@ -79,14 +80,21 @@ class RotaryLayout(Mapping[int, RotaryLayer]):
         self._layers, self.n_ctx, self.without = dict(layers), n_ctx, dict(without)
 
     @classmethod
-    def of(cls, model: Any) -> RotaryLayout:
+    def of(cls, model: Any, *, length: int | None = None) -> RotaryLayout:
         """The layout of a model.
+
+        Args:
+            model: `HookedTransformer` or `TransformerBridge`, in evaluation mode.
+            length: of rows in tokens. It matters only to models that turn long rows by other frequencies
+                (LongRoPE); by default rows of a few hundred tokens.
 
         Raises:
             TomsparseError: no layer has a rotation; the message says why.
         """
         seen = with_rotation(model)
-        rotations, reasons = seen.rotations
+        if length is not None:
+            check_positive("length", length)
+        rotations, reasons = seen.rotations if length is None else seen.rotations_at((length,))
         return cls({layer: _public(rotation) for layer, rotation in rotations.items()}, seen.n_ctx, reasons)
 
     def __getitem__(self, layer: int) -> RotaryLayer:
@@ -244,7 +252,7 @@ def frequency_norms(
         TomsparseError: no layer with a rotation; training mode; samples longer than the context.
     """
     seen = with_rotation(model)
-    check_length(seen, samples)
+    check_samples(seen, samples)
     now = Current()
     measure = norms_measure(seen, samples, now)
     stream(
@@ -256,7 +264,8 @@ def frequency_norms(
 
 def norms_measure(seen: ModelView, samples: Samples, now: Current) -> Measure[FrequencyNorms]:
     """`frequency_norms` as a measure, so that others can be taken in the same pass."""
-    layout = RotaryLayout.of(seen.model)
+    rotations = seen.rotations_at(samples.lengths.tolist())[0]
+    layout = RotaryLayout.of(seen.model, length=int(samples.lengths.max()))
     sums = _Sums(layout, len(samples))
     queries: dict[int, Tensor] = {}
 
@@ -268,7 +277,7 @@ def norms_measure(seen: ModelView, samples: Samples, now: Current) -> Measure[Fr
             sums.add_logits(layer, queries.pop(layer), value, now.mask, seen.d_head)
 
     n = int(samples.attention_mask.sum())
-    return Measure(seen.rotated_hooks(list(layout), store), lambda: sums.result(n, samples.bos))
+    return Measure(seen.rotated_hooks(rotations, store), lambda: sums.result(n, samples.bos))
 
 
 class _Sums:
@@ -343,15 +352,6 @@ def _taken(value: Tensor, index: Tensor) -> Tensor:
     return value[..., index.to(value.device)]
 
 
-def check_length(seen: ModelView, samples: Samples) -> None:
-    """Refuse rows that the model cannot read."""
-    longest = samples.tokens.shape[1]
-    if longest > seen.n_ctx:
-        raise TomsparseError(
-            f"Samples have up to {longest} tokens and {seen.name} reads {seen.n_ctx}; use shorter ones."
-        )
-
-
 def with_rotation(model: Any) -> ModelView:
     """The view of a model that has a rotation in some layer; refuses others by reason."""
     seen = view(model)
@@ -365,5 +365,4 @@ def with_rotation(model: Any) -> ModelView:
 
 def _public(rotation: Rotation) -> RotaryLayer:
     pairs = torch.stack([rotation.first, rotation.second], 1)
-    adjacent = len(pairs) > 1 and int(pairs[0, 1]) == 1
-    return RotaryLayer(rotation.frequencies, pairs, "adjacent" if adjacent else "half")
+    return RotaryLayer(rotation.frequencies, pairs, "adjacent" if rotation.adjacent else "half")

@@ -311,7 +311,9 @@ def option_tokens(
 
 
 def check_samples(model_view: ModelView, samples: Samples) -> None:
-    """Refuse what is no `Samples`, such as a list of strings, and rows longer than the model's context."""
+    """Refuse what is no `Samples`, such as a list of strings, rows longer than the model's context, and rows
+    that the model would not compute together as it does alone.
+    """
     if not isinstance(samples, Samples):
         raise TomsparseError(
             f"samples is a {type(samples).__name__}; make samples with story_samples or text_samples, which "
@@ -323,6 +325,7 @@ def check_samples(model_view: ModelView, samples: Samples) -> None:
             f"Samples have up to {longest} tokens and {model_view.name} reads {model_view.n_ctx}; "
             "use shorter ones."
         )
+    model_view.require_same_rotation(samples.lengths.tolist())
 
 
 def check_stories(stories: Iterable[Story]) -> list[Story]:

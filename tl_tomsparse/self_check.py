@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._checks import TomsparseError
-from ._model import Key, ModelView, view
+from ._model import NOTHING_TURNED, Key, ModelView, view
 from .edit import SparseEdit
 from .mask import SparseMask
 from .samples import Samples
@@ -229,14 +229,13 @@ def _padding(seen: ModelView, samples: Samples) -> tuple[Status, str]:
 
 def _rotation(seen: ModelView) -> tuple[Status, str]:
     rotations, reasons = seen.rotations
-    if not rotations:
-        status: Status = "no" if any("predict" in why for why in reasons.values()) else "not there"
-        return status, "; ".join(dict.fromkeys(f"no layer: {why}" for why in reasons.values()))
-    failed = [layer for layer, why in reasons.items() if "predict" in why]
+    failed = {layer: why for layer, why in reasons.items() if why not in NOTHING_TURNED}
     if failed:
-        return "no", f"in layers {failed} {reasons[failed[0]]}"
+        return "no", "; ".join(f"layer {layer}: {why}" for layer, why in failed.items())
+    if not rotations:
+        return "not there", "; ".join(dict.fromkeys(f"no layer: {why}" for why in reasons.values()))
     some = rotations[min(rotations)]
-    kinds = "adjacent pairs" if int(some.second[0]) == 1 and len(some.second) > 1 else "half-split pairs"
+    kinds = "adjacent pairs" if some.adjacent else "half-split pairs"
     left = f"; layers {sorted(reasons)}: {next(iter(reasons.values()))}" if reasons else ""
     shown = "" if some.shown_rotated else "; rotated here, since hook_rot_q never fires"
     what = f"{len(some.frequencies)} {kinds} of {seen.d_head} dimensions"

@@ -14,8 +14,6 @@ float64 model.
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,16 +30,14 @@ from tqdm.auto import tqdm
 
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
 from tl_tomsparse._checks import TomsparseError, check_positive, check_same_weights
-from tl_tomsparse._model import MATRICES, Key, ModelIdentity, Reader, view
+from tl_tomsparse._fisher_progress import Progress, by_layer, file_name
+from tl_tomsparse._model import Key, ModelIdentity, Reader, view
 from tl_tomsparse.samples import Samples, check_samples
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_ORDER: dict[str, int] = {matrix: place for place, matrix in enumerate(MATRICES)}
 KIND = "tomsparse.sensitivity"
-_PROGRESS_KIND = "tomsparse.fisher_progress"
-_CHECKPOINT_SECONDS = 20.0
 _BATCH_TOKENS = {"cpu": 800}  # larger batches fall out of a CPU's cache
 _BATCH_TOKENS_ELSEWHERE = 16384
 
@@ -145,14 +141,14 @@ class Sensitivity:
             "identity": self.identity.to_dict(),
             "meta": dict(self.meta),
         }
-        write_safetensors(path, {_name(key): value for key, value in self.values.items()}, header)
+        write_safetensors(path, {file_name(key): value for key, value in self.values.items()}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:
         """Read what `save` wrote; tensors are on the CPU."""
         tensors, header = read_safetensors(path, KIND)
         identity = ModelIdentity.from_dict(header["identity"])
-        return cls(_by_layer(tensors), int(header["n_samples"]), identity, header["meta"])
+        return cls(by_layer(tensors), int(header["n_samples"]), identity, header["meta"])
 
 
 class FisherAccumulator:
@@ -358,7 +354,7 @@ def fisher_diagonal(
     fisher = FisherAccumulator(model, matrices=matrices, allow_processed=allow_processed)
     batches = list(samples.batches(budget))
     read = Reader(model_view)
-    progress = _Progress(checkpoint, fisher, samples, budget)
+    progress = Progress(checkpoint, fisher, samples, budget)
     done = progress.load()
     with (
         torch.enable_grad(),
@@ -389,67 +385,3 @@ def row_losses(read: Reader, batch: Samples) -> Float[Tensor, " batch"]:
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")
     row = where.nonzero()[:, 0].to(logits.device)
     return losses.new_zeros(len(where)).index_add(0, row, losses) / where.sum(1).to(logits)
-
-
-class _Progress:
-    """A half-finished accumulator on disk, for one model and one set of samples in fixed batches."""
-
-    def __init__(
-        self, path: str | Path | None, fisher: FisherAccumulator, samples: Samples, batch_tokens: int
-    ) -> None:
-        self.path = None if path is None else Path(path)
-        self.fisher = fisher
-        self.saved_at = time.monotonic()
-        if self.path is not None:
-            self.identity = fisher._view.identity()
-            self.work = _digest(samples, batch_tokens, fisher._keys, fisher._view.edited())
-
-    def load(self) -> int:
-        """Restores the sums; how many batches are in them."""
-        if self.path is None or not self.path.exists():
-            return 0
-        tensors, header = read_safetensors(self.path, _PROGRESS_KIND)
-        found = ModelIdentity.from_dict(header["identity"])
-        check_same_weights(f"The checkpoint {self.path}", found, "the model given", self.identity)
-        if header["work"] != self.work:
-            raise TomsparseError(
-                f"The checkpoint {self.path} is of other samples, matrices, batch_tokens or edits; delete it "
-                "or choose another file."
-            )
-        for key, value in _by_layer(tensors).items():
-            self.fisher._sums[key].copy_(value)
-        self.fisher.n_samples = int(header["n_samples"])
-        return int(header["batches"])
-
-    def save(self, batches: int, *, last: bool) -> None:
-        """Writes the sums if the last time is long enough ago, and at the end."""
-        if self.path is None or not (last or time.monotonic() - self.saved_at >= _CHECKPOINT_SECONDS):
-            return
-        header = {
-            "kind": _PROGRESS_KIND,
-            "identity": self.identity.to_dict(),
-            "work": self.work,
-            "n_samples": self.fisher.n_samples,
-            "batches": batches,
-        }
-        write_safetensors(self.path, {_name(key): value for key, value in self.fisher._sums.items()}, header)
-        self.saved_at = time.monotonic()
-
-
-def _digest(samples: Samples, batch_tokens: int, keys: Sequence[Key], edited: str | None) -> str:
-    content = repr((samples.ids, samples.bos, batch_tokens, keys, edited))
-    digest = hashlib.blake2b(content.encode(), digest_size=16)
-    for tensor in (samples.tokens, samples.attention_mask, samples.supervised):
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _name(key: Key) -> str:
-    return f"{key[0]}.{key[1]}"
-
-
-def _by_layer(tensors: Mapping[str, Tensor]) -> dict[Key, Tensor]:
-    """Tensors by key, in the order of layers and of the matrices in a layer."""
-    keys = {(int(layer), matrix): name for name in tensors for layer, matrix in [name.split(".")]}
-    ordered = sorted(keys, key=lambda key: (key[0], _ORDER[key[1]]))
-    return {key: tensors[keys[key]] for key in ordered}

@@ -23,8 +23,8 @@ from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import mean_intervals, proportion_interval
 from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._stream import Current, Measure, stream
-from tl_tomsparse.rotary import check_length, with_rotation
-from tl_tomsparse.samples import Samples
+from tl_tomsparse.rotary import with_rotation
+from tl_tomsparse.samples import Samples, check_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +165,7 @@ def angles_measure(
     seen: ModelView, samples: Samples, now: Current, *, position: int, rotated: bool = True
 ) -> Measure[BosAngles]:
     """`bos_angles` as a measure, so that others can be taken in the same pass."""
-    rotations = seen.rotations[0]
+    rotations = seen.rotations_at(samples.lengths.tolist())[0]
     n, longest = samples.tokens.shape
     to_sink: dict[int, Tensor] = {}
     to_others: dict[int, Tensor] = {}
@@ -220,7 +220,7 @@ def angles_measure(
             to_sink, to_others, means, histograms, cosine, position, rotated, samples.bos, samples.ids
         )
 
-    return Measure(seen.rotated_hooks(sorted(rotations), store), result)
+    return Measure(seen.rotated_hooks(rotations, store), result)
 
 
 def _directions(value: Tensor) -> Tensor:
@@ -370,7 +370,7 @@ def _shifted(layer: int, sinks: Tensor, change: Tensor, threshold: float) -> dic
 def check_position(seen: ModelView, samples: Samples, position: int) -> None:
     """Refuse training mode, rows that are too long, and a token that some row does not have."""
     seen.require_eval()
-    check_length(seen, samples)
+    check_samples(seen, samples)
     shortest = int(samples.lengths.min())
     if not 0 <= position < shortest - 1:
         raise TomsparseError(
