@@ -219,8 +219,7 @@ def measure_knockouts(meter: Meter, design: KnockoutDesign) -> Knockouts:
             "make it with knockout_design(meter.heads, ...)."
         )
     scores = call_meter(meter, np.concatenate([np.zeros((1, len(design.heads)), dtype=bool), design.out]))
-    name = str(getattr(meter, "name", getattr(meter, "__name__", "score")))
-    return Knockouts(design, scores[1:], float(scores[0]), name)
+    return Knockouts(design, scores[1:], float(scores[0]), str(getattr(meter, "name", "score")))
 
 
 def call_meter(meter: Meter, out: Bool[np.ndarray, "n heads"]) -> Float[np.ndarray, " n"]:
