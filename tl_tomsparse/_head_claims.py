@@ -102,3 +102,89 @@ def _additive(effects: HeadEffects, interactions: pd.DataFrame) -> Claim:
             f"{row.y_b - effects.unedited:+.3g}."
         )
     return Claim("additive", "supported" if supported else "not supported", sentence)
+
+
+def protocol_claims(heads: Sequence[Head], dose: pd.DataFrame, n_random: int) -> tuple[Claim, ...]:
+    """Of the paper's protocol: what the found heads do to their task, its other form, and other tasks."""
+    tasks = list(dict.fromkeys(dose.task))
+    name = "paper_protocol"
+    if not heads:
+        return (Claim(name, "not supported", "The Lasso gives no head a negative coefficient."),)
+    ends = dose[dose.n_heads == len(heads)].set_index("task")
+    before = dose[dose.n_heads == 0].set_index("task").score
+
+    def told(task: str) -> str:
+        row = ends.loc[task]
+        return (
+            f"{task} {before[task]:.3g} to {row.score:.3g} (random heads {row.random:.3g}, "
+            f"{row.random_low:.3g} to {row.random_high:.3g})"
+        )
+
+    below = {task: bool(ends.score[task] < ends.random_low[task]) for task in tasks}
+    enough = n_random >= round(1 / _LEVEL) - 1
+    main = tasks[0]
+    listed = ", ".join(map(head_name, heads))
+    supported = below[main] and enough
+    verb = "lower" if supported else "are not shown to lower"
+    few = "" if enough else f" ({n_random} random sets are too few; use at least 19)"
+    first = Claim(
+        name,
+        "supported" if supported else "not supported",
+        f"{listed} {verb} the task more than all {n_random} random sets of as many heads{few}: {told(main)}.",
+    )
+    forms = [task for task in tasks if task.startswith(f"{main}, ")]
+    rest = [task for task in tasks[1:] if task not in forms]
+    claims = [first]
+    if len(forms) < 2:
+        only = "The task is asked in one form, so heads of the form cannot be told from heads of the task."
+        claims.append(Claim("not_format", "not testable", only))
+    else:
+        holds = enough and all(below[form] for form in forms)
+        how = "in every form" if holds else "but not in every form below all random sets"
+        sentence = f"Knocked out, they lower it {how}: {'; '.join(map(told, forms))}."
+        claims.append(Claim("not_format", "supported" if holds else "not supported", sentence))
+    if rest:
+        kept = [task for task in rest if not below[task]]
+        holds = len(kept) == len(rest)
+        how = "stay within" if holds else "do not all stay within"
+        sentence = f"Other tasks {how} the range of random heads: {'; '.join(map(told, rest))}."
+        claims.append(Claim("selective", "supported" if holds else "not supported", sentence))
+    return tuple(claims)
+
+
+def crossed_claims(
+    heads: Sequence[Head], overlap: pd.DataFrame, effect: pd.DataFrame, score: str
+) -> tuple[Claim, ...]:
+    """Whether a mask's weights lie in heads, and whether they work there."""
+    row = overlap.set_index("matrix").loc["all"]
+    listed = ", ".join(map(head_name, heads))
+    p = max(row.p_random, row.p_heads)
+    supported = p <= _LEVEL + 1e-9
+    how = (
+        "lie in these heads more often than chance"
+        if supported
+        else "do not lie there more often than chance"
+    )
+    where = Claim(
+        "mask_in_heads",
+        "supported" if supported else "not supported",
+        f"The mask's weights {how} ({listed}): a share of {row.share:.3g} of {int(row.entries)}, of random "
+        f"masks {row.random:.3g} ({row.random_low:.3g} to {row.random_high:.3g}), in as many random heads "
+        f"{row.heads_mean:.3g} ({row.heads_low:.3g} to {row.heads_high:.3g}).",
+        float(p),
+    )
+    arms = effect.set_index("arm")
+    if not arms.n_weights["in heads"]:
+        return where, Claim("works_in_heads", "not testable", "The mask has no weight in these heads.")
+    inside, random = arms.loc["in heads"], arms.loc["random"]
+    holds = bool(inside.score < random.low)
+    verb = "lower" if holds else "are not shown to lower"
+    works = Claim(
+        "works_in_heads",
+        "supported" if holds else "not supported",
+        f"The {int(inside.n_weights)} weights in these heads {verb} the {score} more than all random weights "
+        f"of equal number: {arms.score['unedited']:.3g} to {inside.score:.3g}, random {random.score:.3g} "
+        f"({random.low:.3g} to {random.high:.3g}); the whole mask {arms.score['mask']:.3g}, without these "
+        f"heads {arms.score['elsewhere']:.3g}.",
+    )
+    return where, works

@@ -19,7 +19,7 @@ tests take it as exchangeable between measurements.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,10 +44,12 @@ class Solver:
         name: "lasso", "omp" or "iht".
         penalty: "cv", "bic" (Lasso only), or a number: for the Lasso alpha on standardised scores, for the
             others the number of heads.
+        refit: give chosen heads least-squares effects instead of penalised ones.
     """
 
     name: SolverName = "lasso"
     penalty: Penalty = "cv"
+    refit: bool = True
 
     def __post_init__(self) -> None:
         check_choice("solver", self.name, ("lasso", "omp", "iht"))
@@ -65,9 +67,9 @@ class Solver:
             return self
         x, y = _standard(out, scores)[:2]
         if self.name == "lasso":
-            return Solver("lasso", self._lasso(x, y, seed)[1])
+            return replace(self, penalty=self._lasso(x, y, seed)[1])
         most = min(x.shape[1], max(1, len(x) // 4))
-        return Solver(self.name, self._count(x, y, most, seed))
+        return replace(self, penalty=max(1, self._count(x, y, most, seed)))
 
     def effects(self, out: NDArray[np.bool_], scores: Floats, seed: int) -> Floats:
         """The effect of each head on the score, 0 where it is not chosen."""
@@ -82,7 +84,7 @@ class Solver:
                 k = self._count(x, y, min(x.shape[1], max(1, len(x) // 4)), seed)
             coefficients = _greedy(self.name, x, y, int(k))
         chosen = np.flatnonzero(coefficients)
-        if 0 < len(chosen) < len(x) / 2:
+        if self.refit and 0 < len(chosen) < len(x) / 2:
             coefficients = coefficients.copy()
             coefficients[chosen] = np.linalg.lstsq(x[:, chosen], y, rcond=None)[0]
         return coefficients * scale

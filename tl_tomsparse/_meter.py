@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from tl_tomsparse._prepared import (
 from tl_tomsparse._scoring import default_batch_tokens
 from tl_tomsparse.samples import Samples, check_stories, story_samples
 from tl_tomsparse.stories.story import CATEGORIES, Category, Form, Story
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OwnScore = Callable[[Float[np.ndarray, "questions max_options"]], Any]
 Score = Literal["margin", "accuracy", "logprob"] | OwnScore
@@ -211,6 +214,15 @@ class KnockoutMeter:
         """
         totals = self._known.measured(check_out(out, self.heads))
         return np.stack([self._values(row) for row in totals]) if len(totals) else np.zeros((0, 1))
+
+    def current_items(self, model: Any) -> Float[np.ndarray, " items"]:
+        """The items of the model as it is now, also under an edit, with no head out; nothing is kept."""
+        return self._values(self._prepared.reads.totals(model, description="now", show_progress=False))
+
+    def questions(self) -> pd.DataFrame | None:
+        """What is asked, one row an item (see `StoryScores.frame`); None for text."""
+        prepared = self._prepared
+        return None if isinstance(prepared, PreparedText) else prepared.questions.iloc[self._rows]
 
     def _values(self, totals: Float[np.ndarray, " totals"]) -> Float[np.ndarray, " items"]:
         prepared, score = self._prepared, self._score

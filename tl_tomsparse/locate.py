@@ -102,7 +102,7 @@ def locate_heads(
     penalty: Penalty = "cv",
     n_pilot: int = 40,
     step: int = 50,
-    most: int = 400,
+    most: int | None = None,
     max_heads: int = 5,
     smallest: float | None = None,
     n_random: int = 20,
@@ -126,7 +126,8 @@ def locate_heads(
         penalty: see `recover_heads`.
         n_pilot: measurements of each share; those of the chosen one count on.
         step: measurements between two looks.
-        most: measurements after which no more are made, the pilot of the chosen share included.
+        most: measurements after which no more are made, the pilot of the chosen share included; by default
+            four a head, from 120 to 400.
         max_heads: most heads to confirm.
         smallest: the smallest effect of one head that matters, in units of the score; by default a tenth of
             the unedited score. A head is confirmed while it lowers the score by this.
@@ -144,6 +145,8 @@ def locate_heads(
     if given is None:
         raise TomsparseError("The meter is a function, so pass heads=[(layer, head), ...], one a column.")
     heads = check_heads(given)
+    if most is None:
+        most = max(n_pilot, min(400, max(120, 4 * len(heads))))
     for name, count in (("n_pilot", n_pilot), ("step", step), ("most", most), ("max_heads", max_heads)):
         check_positive(name, count)
     check_positive("n_random", n_random)
