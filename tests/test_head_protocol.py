@@ -50,8 +50,8 @@ def test_the_protocol_is_the_lasso_on_standardised_scores():
         "task, question": planted(NEEDED, 3),
         "other": planted({}, 4),
     }
-    found = paper_protocol(meter, tests, heads=GRID, max_heads=3)
-    design = knockout_design(GRID, 100, share=0.02, kind="stratified", seed=0)
+    found = paper_protocol(meter, tests, heads=GRID, max_heads=3, seed=1)
+    design = knockout_design(GRID, 100, share=0.02, kind="stratified", seed=1)
     assert (design.out.sum(1) == 5).all()
     y = meter(design.out)
     expected = Lasso(alpha=0.01).fit(design.out.astype(float), (y - y.mean()) / y.std()).coef_
@@ -75,11 +75,11 @@ def test_heads_of_one_form_and_of_every_task_are_told_apart():
         "task, question": planted({}, 3),
         "other": planted(NEEDED, 4),
     }
-    found = paper_protocol(planted(NEEDED), tests, heads=GRID, max_heads=3)
+    found = paper_protocol(planted(NEEDED), tests, heads=GRID, max_heads=3, seed=1)
     assert [claim.status for claim in found.claims] == ["supported", "not supported", "not supported"]
-    one_form = paper_protocol(planted(NEEDED), {"task": tests["task"]}, heads=GRID, max_heads=3)
+    one_form = paper_protocol(planted(NEEDED), {"task": tests["task"]}, heads=GRID, max_heads=3, seed=1)
     assert [claim.status for claim in one_form.claims] == ["supported", "not testable"]
-    few = paper_protocol(planted(NEEDED), tests, heads=GRID, max_heads=3, n_random=5)
+    few = paper_protocol(planted(NEEDED), tests, heads=GRID, max_heads=3, n_random=5, seed=1)
     assert few.claims[0].status == "not supported"
 
 

@@ -10,10 +10,28 @@ from .effect import Effect, effect
 from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_frequencies
 from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
+from .head_protocol import (
+    HeadsAndMask,
+    PaperProtocol,
+    head_tasks,
+    heads_and_mask,
+    mask_in_heads,
+    paper_protocol,
+)
+from .heads import (
+    KnockoutDesign,
+    KnockoutMeter,
+    Knockouts,
+    knockout_design,
+    measure_knockouts,
+    model_heads,
+)
+from .locate import HeadLocation, locate_heads
 from .mask import SparseMask
 from .models import load_model
 from .position import Position, PositionEffects, position_effects
 from .ranking import RankedEntries, rank_entries, top_fraction
+from .recovery import HeadEffects, recover_heads
 from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
 from .self_check import SelfCheck, self_check
@@ -83,6 +101,23 @@ __all__ = [
     "choose_kappa",
     "effect",
     "verdict",
+    # heads
+    "KnockoutDesign",
+    "KnockoutMeter",
+    "Knockouts",
+    "HeadEffects",
+    "HeadLocation",
+    "PaperProtocol",
+    "HeadsAndMask",
+    "model_heads",
+    "knockout_design",
+    "measure_knockouts",
+    "recover_heads",
+    "locate_heads",
+    "head_tasks",
+    "paper_protocol",
+    "mask_in_heads",
+    "heads_and_mask",
     # figures and errors
     "plot",
     "TomsparseError",

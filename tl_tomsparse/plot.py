@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import proportion_interval
+from tl_tomsparse._plot_heads import (
+    dose_curve,
+    head_effects,
+    heads_and_mask,
+    heads_section,
+    knockouts_predicted,
+    recovery_path,
+)
 from tl_tomsparse._plot_position import bos_angles, frequency_norms, mask_by_frequency, sinks
 from tl_tomsparse._plot_style import GREY, finish, legend, step
 
@@ -27,10 +35,16 @@ __all__ = [
     "LABELS",
     "accuracy",
     "bos_angles",
+    "dose_curve",
     "frequency_norms",
+    "head_effects",
+    "heads_and_mask",
+    "heads_section",
     "kappa_sweep",
+    "knockouts_predicted",
     "mask_by_frequency",
     "mask_places",
+    "recovery_path",
     "sinks",
 ]
 
