@@ -246,6 +246,7 @@ def test_scores_of_one_measurement():
     assert false_belief(out)[0] == pytest.approx(chosen.margin.mean(), abs=1e-4)
     assert false_belief.name == "margin of false_belief"
     assert len(false_belief.groups) == len(chosen)
+    assert false_belief.scoring("accuracy")(out)[0] == pytest.approx(chosen.correct.mean())
     logprob = meter.scoring("logprob", categories=["reality"])
     assert logprob(out)[0] == pytest.approx(
         frame[frame.category == "reality"].logprob_answer.mean(), abs=1e-4

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
@@ -135,10 +135,16 @@ class KnockoutMeter:
         if ablation != "zero":
             about += [_digest(reference), str(seed)]
         self._known = _Known(model, run, about, checkpoint, show_progress, self.heads)
-        self._choose(score, None, None)
+        prepared = self._prepared
+        n = len(prepared.ids) if isinstance(prepared, PreparedText) else len(prepared.questions)
+        self._choose(score, np.arange(n), None, None)
 
     def _choose(
-        self, score: Score | None, categories: Collection[str] | None, forms: Collection[str] | None
+        self,
+        score: Score | None,
+        rows: Int[np.ndarray, " items"],
+        categories: Collection[str] | None,
+        forms: Collection[str] | None,
     ) -> None:
         prepared = self._prepared
         text = isinstance(prepared, PreparedText)
@@ -149,24 +155,22 @@ class KnockoutMeter:
             raise TomsparseError(f"score={score!r} is neither a name nor a function.")
         name = self._score if isinstance(self._score, str) else getattr(self._score, "__name__", "own score")
         if isinstance(prepared, PreparedText):
-            self._rows = np.arange(len(prepared.ids))
-            self.groups = self._rows
+            self._rows = self.groups = rows
             self.name = f"{name} of text"
             return
-        questions = prepared.questions
+        questions = prepared.questions.iloc[rows]
         keep = np.ones(len(questions), dtype=bool)
         for column, wanted in (("category", categories), ("form", forms)):
             keep &= True if wanted is None else questions[column].isin(list(wanted)).to_numpy()
-        self._rows = np.flatnonzero(keep)
+        questions, self._rows = questions[keep], rows[keep]
         if not len(self._rows):
             raise TomsparseError(
                 f"No question of categories {categories} and forms {forms} was asked; make the meter with "
                 "them."
             )
-        codes: np.ndarray = questions.group.iloc[self._rows].factorize()[0]
-        self.groups = codes
-        found = list(dict.fromkeys(questions.category.iloc[self._rows]))
-        everything = len(self._rows) == len(questions) and len(found) > 1
+        self.groups = np.asarray(questions.group.factorize()[0])
+        found = list(dict.fromkeys(questions.category))
+        everything = len(self._rows) == len(prepared.questions) and len(found) > 1
         self.name = f"{name} of {'all questions' if everything else ', '.join(found)}"
 
     def scoring(
@@ -180,15 +184,15 @@ class KnockoutMeter:
 
         Args:
             score: as in the constructor; the same as here by default.
-            categories: of the questions that were asked.
-            forms: of the questions that were asked.
+            categories: of the questions of this score; all of them by default.
+            forms: of the questions of this score; all of them by default.
 
         Raises:
             TomsparseError: none of the questions is of these; an unknown score.
         """
         other = object.__new__(KnockoutMeter)
         other.heads, other._prepared, other._known = self.heads, self._prepared, self._known
-        other._choose(self._score if score is None else score, categories, forms)
+        other._choose(self._score if score is None else score, self._rows, categories, forms)
         return other
 
     @property
