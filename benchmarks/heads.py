@@ -6,7 +6,8 @@
 `speed`: the model is random and Llama-like. Every way measures the same knock-outs on the same prompts, and
 all give the same scores. "reload" restores all weights from memory and writes zeros into O for each
 measurement, "hooks" runs one measurement at a time with hooks at hook_z; both on rows padded on the right.
-Numbers are medians over rounds in which every way has its turn, so that a busy machine slows all alike.
+Numbers are medians over rounds in which every way has its turn; on a CPU they are of CPU time, which a busy
+machine changes little.
 
 `recovery`: 256 heads of which 5 matter, noise and a mild interaction; how often a solver puts these 5 first.
 """
@@ -129,16 +130,15 @@ def speed(options: argparse.Namespace) -> None:
             "batched, all layers": by_meter(model, stories, out, share_prefix=False),
             "batched, shared prefix": by_meter(model, stories, out),
         }
+        clock = time.process_time if options.device == "cpu" else time.perf_counter
         taken: dict[str, list[float]] = {name: [] for name in ways}
         found: dict[str, np.ndarray] = {}
         for round_ in range(options.rounds + 1):
             for name, way in ways.items():
-                if options.device != "cpu":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
+                start = clock()
                 found[name] = way()
                 if round_:
-                    taken[name].append(time.perf_counter() - start)
+                    taken[name].append(clock() - start)
         base = statistics.median(taken["hooks"])
         apart = max(float(np.abs(value - found["hooks"]).max()) for value in found.values())
         print(f"{n_out} heads out, {len(out)} measurements; log-probabilities agree to {apart:.1e}")

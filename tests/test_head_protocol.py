@@ -93,7 +93,12 @@ def test_nothing_to_find_gives_no_heads():
 def test_tasks_of_one_meter():
     model = tiny.model()
     stories = [both_forms(story) for story in STORIES]
-    tasks = head_tasks(KnockoutMeter(model, stories, show_progress=False))
+    meter = KnockoutMeter(model, stories, show_progress=False)
+    assert list(head_tasks(meter)) == [
+        "false_belief + true_belief", "false_belief + true_belief, completion",
+        "false_belief + true_belief, question", "second_order", "reality", "memory",
+    ]  # fmt: skip
+    tasks = head_tasks(meter, ["false_belief"])
     assert list(tasks) == [
         "false_belief", "false_belief, completion", "false_belief, question", "true_belief",
         "second_order", "reality", "memory",
@@ -106,7 +111,7 @@ def test_tasks_of_one_meter():
     found = paper_protocol(tasks["false_belief"], tasks, max_heads=2, n=20, n_random=19)
     assert set(found.dose.task) == set(tasks)
     text = KnockoutMeter(model, text_samples(model, list(tiny.CORPUS), length=16), show_progress=False)
-    with pytest.raises(TomsparseError, match="no question of the category 'false_belief'"):
+    with pytest.raises(TomsparseError, match="no question of the categories false_belief, true_belief"):
         head_tasks(text)
 
 

@@ -69,7 +69,7 @@ def test_dose_mask_and_section(location):
     model = tiny.model("llama")
     meter = tt.KnockoutMeter(model, [tiny.story(0), tiny.story(1)], show_progress=False)
     tasks = tt.head_tasks(meter)
-    protocol = tt.paper_protocol(tasks["false_belief"], tasks, n=20, n_random=3)
+    protocol = tt.paper_protocol(meter, tasks, n=20, n_random=3)
     figure = plot.dose_curve(protocol)
     found = [trace for trace in figure.data if trace.name == "found heads"]
     assert len(found) == len(tasks)

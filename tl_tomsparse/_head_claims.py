@@ -53,12 +53,11 @@ def _found(heads: Sequence[Head], effects: HeadEffects, meta: dict[str, Any]) ->
             f"{meta['smallest']:.3g} when it is knocked out alone. {effects.reason}"
         )
         return Claim("heads_found", "not supported", sentence, effects.p)
-    sure = "" if effects.enough else " More measurements are needed:"
     return Claim(
         "heads_found",
         "supported",
         f"The {meta['score']} hangs on {', '.join(map(head_name, heads))}: found in {n} and confirmed by "
-        f"knocking them out.{sure} {effects.reason}",
+        f"knocking them out. {effects.reason}",
         effects.p,
     )
 

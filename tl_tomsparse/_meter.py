@@ -170,7 +170,7 @@ class KnockoutMeter:
             )
         self.groups = np.asarray(questions.group.factorize()[0])
         found = list(dict.fromkeys(questions.category))
-        everything = len(self._rows) == len(prepared.questions) and len(found) > 1
+        everything = len(self._rows) == len(prepared.questions) and len(found) > 2
         self.name = f"{name} of {'all questions' if everything else ', '.join(found)}"
 
     def scoring(

@@ -40,6 +40,7 @@ from tl_tomsparse.heads import (
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.position import position_effects
 from tl_tomsparse.samples import Samples
+from tl_tomsparse.stories.story import Category
 from tl_tomsparse.verdict import Claim
 
 if TYPE_CHECKING:
@@ -55,24 +56,31 @@ __all__ = [
 ]
 
 
-def head_tasks(meter: KnockoutMeter, category: str = "false_belief") -> dict[str, KnockoutMeter]:
-    """The scores of one measurement by task: `category` as a whole and in each form of the answer that is
-    asked, and every other category. None of them costs another measurement.
+def head_tasks(
+    meter: KnockoutMeter, categories: Sequence[Category] = ("false_belief", "true_belief")
+) -> dict[str, KnockoutMeter]:
+    """The scores of one measurement by task; none of them costs another measurement.
+
+    First the questions of `categories` together, then those of each form of the answer that is asked, then
+    every other category. False and true beliefs are taken together by default: a model that prefers, say, the
+    first place that was named gains in the one what it loses in the other.
 
     Raises:
-        TomsparseError: a meter of text, or one that does not ask this category.
+        TomsparseError: a meter of text, or one that asks none of these categories.
     """
-    questions = meter.questions()
-    if questions is None or not (questions.category == category).any():
+    asked = meter.questions()
+    own = None if asked is None else asked[asked.category.isin(list(categories))]
+    if asked is None or own is None or own.empty:
         raise TomsparseError(
-            f"The meter asks no question of the category {category!r}; make it from stories."
+            f"The meter asks no question of the categories {', '.join(categories)}; make it from stories that "
+            "do."
         )
-    own = questions[questions.category == category]
-    tasks = {category: meter.scoring(categories=[category])}  # type: ignore[list-item]
+    main = " + ".join(name for name in categories if (own.category == name).any())
+    tasks = {main: meter.scoring(categories=categories)}
     for form in dict.fromkeys(own.form):
-        tasks[f"{category}, {form}"] = meter.scoring(categories=[category], forms=[form])  # type: ignore[list-item]
-    for other in dict.fromkeys(questions.category):
-        if other != category:
+        tasks[f"{main}, {form}"] = meter.scoring(categories=categories, forms=[form])
+    for other in dict.fromkeys(asked.category):
+        if other not in categories:
             tasks[other] = meter.scoring(categories=[other])
     return tasks
 
