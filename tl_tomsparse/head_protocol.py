@@ -72,8 +72,8 @@ def head_tasks(
     own = None if asked is None else asked[asked.category.isin(list(categories))]
     if asked is None or own is None or own.empty:
         raise TomsparseError(
-            f"The meter asks no question of the categories {', '.join(categories)}; make it from stories that "
-            "do."
+            f"The meter asks no question of the categories {', '.join(categories)}; make it from stories "
+            "that do."
         )
     main = " + ".join(name for name in categories if (own.category == name).any())
     tasks = {main: meter.scoring(categories=categories)}
