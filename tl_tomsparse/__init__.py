@@ -13,7 +13,24 @@ from .enrichment import at_frequencies, mask_by_frequency, mask_rank, share_at_f
 from .evaluate import Perplexity, StoryScores, perplexity, score_stories
 from .experiment import KappaChoice, KappaSweep, arm_masks, choose_kappa, kappa_sweep
 from .harness import lm_eval_scores
+from .head_protocol import (
+    HeadsAndMask,
+    PaperProtocol,
+    head_tasks,
+    heads_and_mask,
+    mask_in_heads,
+    paper_protocol,
+)
+from .heads import (
+    KnockoutDesign,
+    KnockoutMeter,
+    Knockouts,
+    knockout_design,
+    measure_knockouts,
+    model_heads,
+)
 from .localisation import induction_stories, key_value_stories
+from .locate import HeadLocation, locate_heads
 from .loss_change import LossChange, loss_change
 from .mask import SparseMask
 from .models import load_model
@@ -21,6 +38,7 @@ from .patterns import AttentionPattern, attention_pattern
 from .position import Position, PositionEffects, position_effects
 from .position_verdict import position_verdict
 from .ranking import RankedEntries, rank_entries, top_fraction
+from .recovery import HeadEffects, recover_heads
 from .rotary import FrequencyNorms, RotaryLayer, RotaryLayout, frequency_norms
 from .samples import Samples, story_samples, text_samples
 from .self_check import SelfCheck, self_check
@@ -129,6 +147,23 @@ __all__ = [
     "ComponentEffects",
     "mask_components",
     "component_effects",
+    # heads
+    "KnockoutDesign",
+    "KnockoutMeter",
+    "Knockouts",
+    "HeadEffects",
+    "HeadLocation",
+    "PaperProtocol",
+    "HeadsAndMask",
+    "model_heads",
+    "knockout_design",
+    "measure_knockouts",
+    "recover_heads",
+    "locate_heads",
+    "head_tasks",
+    "paper_protocol",
+    "mask_in_heads",
+    "heads_and_mask",
     # figures and errors
     "plot",
     "TomsparseError",

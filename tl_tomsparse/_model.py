@@ -11,8 +11,8 @@ What is known of the model as a whole (sizes, tokens, identity) is in `_model_fa
 
 Other modules import from here. The work is in `_model_weights` (where weights lie, how they are oriented),
 `_model_sites` (where inputs and outputs are seen), `_model_rotary` (how queries and keys are turned by their
-position), `_model_reader` (logits at chosen positions) and `_model_identity` (what the weights are); of the
-package, only these know what TransformerLens looks like.
+position), `_model_reader` (logits at chosen positions), `_model_prefix` (passes that begin in the middle) and
+`_model_identity` (what the weights are); of the package, only these know what TransformerLens looks like.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model_facts import HookedTransformer, ModelFacts
 from tl_tomsparse._model_identity import ModelIdentity, as_bits
+from tl_tomsparse._model_prefix import SharedPrefix
 from tl_tomsparse._model_reader import Reader
 from tl_tomsparse._model_rotary import LENGTH, NOTHING_TURNED, Rotation, find_rotations, same_rotation
 from tl_tomsparse._model_sites import Sites, apply_matrix
@@ -46,6 +47,7 @@ __all__ = [
     "ModelView",
     "Reader",
     "Rotation",
+    "SharedPrefix",
     "apply_matrix",
     "as_bits",
     "view",
@@ -243,6 +245,22 @@ class ModelView(ModelFacts):
         ]
 
     # ---- hooks and forward passes
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """Every attention head as (layer, head), layer by layer.
+
+        Raises:
+            TomsparseError: the heads' outputs cannot be seen.
+        """
+        return [(layer, head) for layer, _ in self.keys("O") for head in range(self.n_heads)]
+
+    def head_hook(self, layer: int) -> str:
+        """The hook point where head outputs z `[batch, pos, n_heads, d_head]` are read and replaced.
+
+        It was checked that they are the input of O's product.
+        """
+        return self._sites.pairs[layer, "O"][0]
 
     def output_hook(self, key: Key) -> str:
         """The hook point of a matrix's output, where it can be read and replaced.

@@ -70,15 +70,19 @@ class Reader:
             return logits
         return logits[wanted.flatten()]
 
+    def narrowed(self, values: Float[Tensor, "batch pos ..."]) -> Float[Tensor, "batch some ..."]:
+        """Values given for every position, at those positions that the last layer works on now."""
+        if self._narrow is None:
+            return values
+        return values[torch.arange(len(values), device=values.device)[:, None], self._narrow]
+
     def _select(self, x: Tensor, hook: Any) -> Tensor | None:
         del hook
         return None if self._where is None else x[self._where][None]
 
     def _take(self, x: Tensor, hook: Any) -> Tensor | None:
         del hook
-        if self._narrow is None:
-            return None
-        return x[torch.arange(len(x), device=x.device)[:, None], self._narrow]
+        return None if self._narrow is None else self.narrowed(x)
 
     def _put(self, y: Tensor, hook: Any) -> Tensor | None:
         del hook

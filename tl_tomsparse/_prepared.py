@@ -80,11 +80,14 @@ class PreparedScoring:
         Raises:
             TomsparseError: a score is not a finite number; the story and the question are named.
         """
-        totals = self.reads.totals(model, description="stories", show_progress=show_progress) / self._lengths
+        return self.scores(self.reads.totals(model, description="stories", show_progress=show_progress))
+
+    def scores(self, totals: Float[np.ndarray, " all_options"]) -> Float[np.ndarray, "questions max_options"]:
+        """The scores of options from the sums that `reads` gives, as `option_scores` gives them."""
         counts = self.questions.n_options.to_numpy()
         filled = np.arange(counts.max()) < counts[:, None]
         scores = np.full(filled.shape, -np.inf)
-        scores[filled] = totals
+        scores[filled] = totals / self._lengths
         broken = ~np.isfinite(scores[filled])
         if broken.any():
             first = self.questions.iloc[int((filled & ~np.isfinite(scores)).any(1).argmax())]

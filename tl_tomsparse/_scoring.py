@@ -67,7 +67,7 @@ class _Tree:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class Batch:
     """Trees padded on the right; `where` are the nodes read from, `slot` counts these tree by tree."""
 
     tokens: Int[Tensor, "batch pos"]
@@ -84,6 +84,32 @@ class _Batch:
         logits = read(self.tokens, self.attention, self.where, positions)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def add_to(self, totals: Float[Tensor, " totals"], read: Reader) -> None:
+        """Adds the log-probabilities that are read to the totals that they belong to."""
+        logits = self.logits(read)
+        log_probs = logits[self.slot, self.token] - logits.logsumexp(-1)[self.slot]
+        totals.index_add_(0, self.total, log_probs.to(totals))
+
+    def repeated(self, times: int, n_totals: int) -> Batch:
+        """The same trees several times, all of them in turn, each time with totals of its own."""
+
+        def again(values: Tensor) -> Tensor:
+            return values.repeat(times, *[1] * (values.ndim - 1))
+
+        def counted(values: Tensor, step: int) -> Tensor:
+            starts = step * torch.arange(times, device=values.device)
+            return (starts[:, None] + values).flatten()
+
+        return Batch(
+            tokens=again(self.tokens),
+            attention=again(self.attention),
+            positions=again(self.positions),
+            where=again(self.where),
+            slot=counted(self.slot, int(self.where.sum())),
+            token=again(self.token),
+            total=counted(self.total, n_totals),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Reads:
@@ -96,7 +122,7 @@ class Reads:
         digest: of what is summed, on any device, packed or not: with equal weights, equal sums.
     """
 
-    batches: tuple[_Batch, ...] = field(repr=False)
+    batches: tuple[Batch, ...] = field(repr=False)
     n_totals: int
     n_tokens: int
     digest: str
@@ -108,9 +134,7 @@ class Reads:
         totals = torch.zeros(self.n_totals, dtype=torch.float64, device=model_view.device)
         with torch.inference_mode(), model_view.reader() as read:
             for batch in tqdm(self.batches, desc=description, disable=not show_progress, leave=False):
-                logits = batch.logits(read)
-                log_probs = logits[batch.slot, batch.token] - logits.logsumexp(-1)[batch.slot]
-                totals.index_add_(0, batch.total, log_probs.double())
+                batch.add_to(totals, read)
         return totals.cpu().numpy()
 
 
@@ -127,7 +151,7 @@ def collect_reads(model: Any, wanted: Sequence[Wanted], *, pack: bool, batch_tok
     """
     model_view = view(model)
     model_view.require_eval()
-    budget = _batch_tokens(model_view) if batch_tokens is None else batch_tokens
+    budget = default_batch_tokens(model_view) if batch_tokens is None else batch_tokens
     check_positive("batch_tokens", budget)
     trees = _trees(wanted, model_view.n_ctx if pack else 0)
     branched = [tree for tree in trees if tree.branched]
@@ -168,7 +192,7 @@ def _trees(wanted: Sequence[Wanted], longest: int) -> list[_Tree]:
     return trees
 
 
-def _batches(model_view: ModelView, trees: list[_Tree], budget: int) -> tuple[_Batch, ...]:
+def _batches(model_view: ModelView, trees: list[_Tree], budget: int) -> tuple[Batch, ...]:
     groups: list[list[_Tree]] = []
     for tree in sorted(trees, key=lambda tree: (tree.branched, len(tree.tokens))):
         fits = groups and len(tree.tokens) * (len(groups[-1]) + 1) <= budget
@@ -178,7 +202,7 @@ def _batches(model_view: ModelView, trees: list[_Tree], budget: int) -> tuple[_B
     return tuple(_batch(model_view, group) for group in groups)
 
 
-def _batch(model_view: ModelView, group: list[_Tree]) -> _Batch:
+def _batch(model_view: ModelView, group: list[_Tree]) -> Batch:
     shape = (len(group), max(len(tree.tokens) for tree in group))
     tokens = torch.full(shape, model_view.pad_token_id, dtype=torch.long)
     positions = torch.zeros_like(tokens)
@@ -201,7 +225,7 @@ def _batch(model_view: ModelView, group: list[_Tree]) -> _Batch:
     slot = (where.flatten().cumsum(0) - 1).view_as(tokens)[place_of, node_of]
     attention = seen if group[0].branched else real
     tensors = (tokens, attention, positions, where, slot, token_of, total_of)
-    return _Batch(*(tensor.to(model_view.device) for tensor in tensors))
+    return Batch(*(tensor.to(model_view.device) for tensor in tensors))
 
 
 def _obeys(model_view: ModelView, wanted: Sequence[Wanted]) -> bool:
@@ -210,7 +234,7 @@ def _obeys(model_view: ModelView, wanted: Sequence[Wanted]) -> bool:
         return False
     sums = []
     for longest in (0, model_view.n_ctx):
-        batches = _batches(model_view, _trees(wanted, longest), _batch_tokens(model_view))
+        batches = _batches(model_view, _trees(wanted, longest), default_batch_tokens(model_view))
         reads = Reads(batches, len(wanted), 0, "")
         try:
             sums.append(reads.totals(model_view.model, description="", show_progress=False))
@@ -219,7 +243,8 @@ def _obeys(model_view: ModelView, wanted: Sequence[Wanted]) -> bool:
     return bool(np.abs(sums[0] - sums[1]).max() <= _TOLERANCE)
 
 
-def _batch_tokens(model_view: ModelView) -> int:
+def default_batch_tokens(model_view: ModelView) -> int:
+    """Most tokens in one batch on the model's device."""
     """On a CPU larger batches fall out of its cache; on a GPU logits bound them."""
     if model_view.device.type == "cpu":
         return 1024

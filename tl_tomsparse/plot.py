@@ -15,6 +15,14 @@ from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import proportion_interval
 from tl_tomsparse._plot_components import component_effects
 from tl_tomsparse._plot_frequencies import frequency_norms, mask_by_frequency
+from tl_tomsparse._plot_heads import (
+    dose_curve,
+    head_effects,
+    heads_and_mask,
+    heads_section,
+    knockouts_predicted,
+    recovery_path,
+)
 from tl_tomsparse._plot_sinks import angle_histogram, attention, bos_angles, sinks
 from tl_tomsparse._plot_study import study_arms, study_doses, study_overlaps
 from tl_tomsparse._plot_style import GREY, finish, legend, step
@@ -33,10 +41,16 @@ __all__ = [
     "attention",
     "bos_angles",
     "component_effects",
+    "dose_curve",
     "frequency_norms",
+    "head_effects",
+    "heads_and_mask",
+    "heads_section",
     "kappa_sweep",
+    "knockouts_predicted",
     "mask_by_frequency",
     "mask_places",
+    "recovery_path",
     "sinks",
     "study_arms",
     "study_doses",
