@@ -185,7 +185,7 @@ def angle_histogram(degrees: pd.DataFrame) -> go.Figure:
                 row=row, col=1,
             )  # fmt: skip
         figure.add_vline(x=90, line={"color": GREY, "width": 1, "dash": "dash"}, row=row, col=1)
-        figure.update_yaxes(title="share of queries", tickformat=".0%", rangemode="tozero", row=row, col=1)
+        figure.update_yaxes(title="share of queries", tickformat=".1%", rangemode="tozero", row=row, col=1)
     figure.update_xaxes(ticksuffix="°", showticklabels=True)
     figure.update_xaxes(
         title="angle between query and the token's key (dashed: orthogonal)", row=len(kinds), col=1
