@@ -136,8 +136,19 @@ def lookup(model: object, n: int) -> list[dict[str, float]]:
     ]
 
 
+def by_distance(model: object) -> list[dict[str, Any]]:
+    """Key-value recall among four colours, by distance in tokens up to three quarters of the context."""
+    found = tt.battery(model, tasks=["key_value"], n_localisation=100, seed=7)
+    return [
+        {"distance": int(row.subset), "n": int(row.n), "recall": float(row.score)}
+        for row in found.frame.itertuples()
+    ]
+
+
 def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
     """All numbers of the card, from the model in a folder."""
+    from data import STAGES  # beside this file, which is on the path when it is a script
+
     model = tt.load_model(folder, device="cpu")
     seen, stories = measured(model, "seen", n)
     new, _ = measured(model, "new", n)
@@ -156,6 +167,8 @@ def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
         "second_order_paired": second_order_paired(model, stories),
         "shortcuts": shortcuts(stories),
         "lookup": lookup(model, 300),
+        "by_distance": by_distance(model),
+        "longest_row": max(stage.width for stage in STAGES),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
         "tokens": log[-1]["tokens"],
@@ -281,6 +294,7 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
         f"{row['recall']:.3f} at {row['from']} to {row['to']} tokens (n = {row['n']})"
         for row in numbers["lookup"]
     )
+    far = ", ".join(f"{row['recall']:.2f} at {row['distance']}" for row in numbers["by_distance"])
     main_job = (
         f"""## What the main job finds on it
 
@@ -325,7 +339,8 @@ With other names:
 {table(numbers["independent"]["other"])}
 
 First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
-{recall}. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
+{recall}. Among four options (`tt.battery`, {numbers["by_distance"][0]["n"]} items each): {far} tokens; rows of training have at most {numbers["longest_row"]},
+so what is beyond them fades. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
 with mean attention {at["attention"]:.3f}.
 
 What rules of thumb would score on the same questions (seen wordings):
