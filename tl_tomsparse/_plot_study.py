@@ -143,6 +143,7 @@ def study_doses(study: Study) -> go.Figure:
         figure.add_hline(y=float(rate["before"]), line={"dash": "dot", "color": GREY}, row=1, col=column)
     figure.update_xaxes(type="log", title="kappa", row=1, col=1)
     figure.update_xaxes(title="share", row=1, col=2)
+    figure.update_yaxes(range=[-0.02, 1.05])
     figure.update_yaxes(title="false-belief accuracy", row=1, col=1)
     figure.update_layout(
         template="plotly_white",

@@ -24,7 +24,8 @@ th, td { padding: .3em .7em; text-align: right; } th:first-child, td:first-child
 thead th { border-bottom: 2px solid #17202a; vertical-align: bottom; white-space: nowrap; }
 tbody tr { border-bottom: 1px solid #e5e8e8; }
 small { color: #566573; display: block; white-space: nowrap; font-weight: 400; }
-.scroll { overflow-x: auto; } .claims td { text-align: left; vertical-align: top; }
+.scroll { overflow-x: auto; } .claims td, .claims th { text-align: left; vertical-align: top; }
+.wide td:nth-child(4) { min-width: 25em; }
 .claims td:first-child { white-space: nowrap; }
 .status { display: inline-block; white-space: nowrap; border-radius: 4px; padding: 0 .5em; font-size: .85rem;
   font-weight: 600; }

@@ -108,7 +108,7 @@ def _claims(claims: list[StudyClaim]) -> str:
         )
     head = "<tr><th>claim</th><th>verdict</th><th>estimate</th><th>evidence</th><th>the paper</th></tr>"
     return (
-        f'<div class="scroll"><table class="claims"><thead>{head}</thead>'
+        f'<div class="scroll"><table class="claims wide"><thead>{head}</thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
