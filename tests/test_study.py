@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import tl_tomsparse as tt
 from tests import tiny
 from tests.test_effect import ABLE, Planted
 from tl_tomsparse import _study_material, _study_measure, cli
+from tl_tomsparse._folder import read_points
 from tl_tomsparse._model import view
 from tl_tomsparse._overlap import Overlap, overlap
 from tl_tomsparse._study_arms import DOSES, most_sensitive, random_part
@@ -327,3 +330,22 @@ def test_the_command_line_runs_the_study_at_the_kappa_of_the_run(
     CliRunner().invoke(cli.app, [*options, "--study", "--quick"])
     assert asked[1][1].random_masks == 19
     assert asked[1][1].test_stories < settings.test_stories
+
+
+def test_two_processes_measure_what_one_does(finished: tuple[tt.Study, Path], tmp_path: Path) -> None:
+    """The sensitivities are taken from the other study; every edit is measured by one of two processes."""
+    study, out = finished
+    shutil.copytree(out, tmp_path / "copy")
+    (tmp_path / "copy" / "points.jsonl").unlink()
+    load = partial(tt.load_model, tiny.long_directory(), device="cpu")
+    found = tt.study(load(), tmp_path / "copy", SMALL, processes=2, load=load, show_progress=False)
+    counts = [len(read_points(tmp_path / "copy" / f"points_{i}.jsonl")) for i in range(2)]
+    assert min(counts) > len(study.arms) / 4
+    pd.testing.assert_frame_equal(found.arms, study.arms)
+    assert len(read_points(tmp_path / "copy" / "points.jsonl")) == 2  # the trained ones
+    with pytest.raises(tt.TomsparseError, match="processes=2 needs load="):
+        tt.study(load(), tmp_path / "x", SMALL, processes=2, show_progress=False)
+    other = partial(tt.load_model, tiny.directory("neox"), device="cpu")
+    (tmp_path / "copy" / "points.jsonl").unlink()
+    with pytest.raises(tt.TomsparseError, match="other weights"):
+        tt.study(load(), tmp_path / "copy", SMALL, processes=2, load=other, show_progress=False)

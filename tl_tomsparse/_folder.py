@@ -105,6 +105,12 @@ def opened_folder(out: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+def read_points(path: Path) -> list[PointRecord]:
+    """Finished measurements of a file that another process may be appending to."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [record for line in lines if (record := _point(line)) is not None]
+
+
 @contextmanager
 def stored_points(path: Path) -> Iterator[tuple[list[PointRecord], Callable[[PointRecord], None]]]:
     """Finished measurements, and a function that appends one."""

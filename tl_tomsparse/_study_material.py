@@ -153,8 +153,18 @@ def make_sensitivities(
         )
         found[name].save(path)
         partial.unlink(missing_ok=True)
-    found["task"] = merged(found, range(CHUNKS))
-    return found
+    return _with_task(found)
+
+
+def read_sensitivities(material: Material, folder: Path) -> dict[str, Sensitivity]:
+    """All of them, from the folder where they are finished."""
+    return _with_task(
+        {name: Sensitivity.load(folder / f"sensitivity_{name}.safetensors") for name in material.tasks}
+    )
+
+
+def _with_task(found: dict[str, Sensitivity]) -> dict[str, Sensitivity]:
+    return found | {"task": merged(found, range(CHUNKS))}
 
 
 def merged(sensitivities: Mapping[str, Sensitivity], parts: range) -> Sensitivity:

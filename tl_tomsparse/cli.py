@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -85,6 +86,7 @@ def run(
     with_study: Annotated[
         bool, typer.Option("--study", help="Then the study: every control and claim, in OUT/study.")
     ] = False,
+    processes: Annotated[int, typer.Option(help="Of the study, side by side; each loads the model.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A small study, for a first look.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
 ) -> None:
@@ -119,7 +121,7 @@ def run(
         )
         claims, pages = [*result.claims, *result.position_claims], [out / "report.html"]
         if with_study:
-            claims += _study(settings, out / "study", result.choice.kappa, quick, quiet).claims
+            claims += _study(settings, out / "study", result.choice.kappa, quick, processes, quiet).claims
             pages.append(out / "study" / "study.html")
     except TomsparseError as error:
         typer.echo(f"tomsparse: {error}", err=True)
@@ -132,7 +134,7 @@ def run(
     typer.echo("\n" + "\n".join(map(str, pages)))
 
 
-def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, quiet: bool) -> Study:
+def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, processes: int, quiet: bool) -> Study:
     """The study of the same model, at the kappa of the run."""
     asked = StudySettings(
         stories=settings.stories,
@@ -147,13 +149,19 @@ def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, quiet: b
         seed=settings.seed,
         prepend_bos=settings.prepend_bos,
     )
-    model = load_model(
-        settings.model, backend=settings.backend, device=settings.device, dtype=getattr(torch, settings.dtype)
+    load = partial(
+        load_model,
+        settings.model,
+        backend=settings.backend,
+        device=settings.device,
+        dtype=getattr(torch, settings.dtype),
     )
     return study(
-        model,
+        load(),
         out,
         asked.quick() if quick else asked,
+        processes=processes,
+        load=load,
         progress=lambda message: typer.echo(message, err=True),
         show_progress=not quiet,
     )

@@ -45,6 +45,7 @@ from tl_tomsparse._study_material import (
     make_sensitivities,
 )
 from tl_tomsparse._study_measure import choose, loss_changes, mask_overlaps, measure
+from tl_tomsparse._study_processes import measure_in_processes, others_points
 from tl_tomsparse.effect import assemble
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.mask import SparseMask
@@ -173,6 +174,8 @@ def study(
     folder: str | Path,
     settings: StudySettings | None = None,
     *,
+    processes: int = 1,
+    load: Callable[[], Any] | None = None,
     progress: Callable[[str], None] = lambda _message: None,
     show_progress: bool = True,
 ) -> Study:
@@ -182,17 +185,26 @@ def study(
         model: unedited, in eval mode, with its own (not folded) weights.
         folder: where; new, empty, or of the same study.
         settings: what to do.
+        processes: how many measure edits side by side; each loads the model.
+        load: gives the same model in another process, such as `functools.partial(load_model, path)`; needed
+            for several processes. A script needs `if __name__ == "__main__":` then.
         progress: told what begins.
         show_progress: show progress bars.
 
     Raises:
-        TomsparseError: settings that cannot be met, a folder of another study, a model that cannot be used,
-            a full disk.
+        TomsparseError: settings that cannot be met, several processes without `load`, a folder of another
+            study, a model that cannot be used, a full disk.
     """
     from tl_tomsparse.study_report import write_study_page
 
     settings = StudySettings() if settings is None else settings
     settings.check()
+    check_positive("processes", processes)
+    if processes > 1 and load is None:
+        raise TomsparseError(
+            f"processes={processes} needs load=, a function that gives the same model in another process, "
+            "such as functools.partial(load_model, path)."
+        )
     out = Path(folder)
     plain = dict(json.loads(json.dumps(asdict(settings))))
     check_folder(out, plain)
@@ -219,6 +231,11 @@ def study(
         with stored_points(out / "points.jsonl") as (finished, store):
             bars: dict[str, Any] = {"on_point": store, "resume": finished, "show_progress": show_progress}
             kappa = settings.kappa or choose(model, material, sensitivities, settings, progress, bars)
+            if load is not None and processes > 1:
+                progress(f"Edits on held-out questions, in {processes} processes")
+                fingerprint = seen.identity().fingerprint
+                measure_in_processes(load, settings, out, kappa, fingerprint, processes)
+            bars["resume"] = [*finished, *others_points(out)]
             masks = make_masks(sensitivities, kappa)
             points, rows = measure(
                 model, material, masks, sensitivities, kappa, settings, out, progress, bars
