@@ -14,8 +14,8 @@ from test_heads_families import hooks_of, margins, tokens_of
 
 from tl_tomsparse import _meter
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse._knockouts import _groups
-from tl_tomsparse._model import SharedPrefix, view
+from tl_tomsparse._knockouts import PASS, _groups
+from tl_tomsparse._model import ModelView, SharedPrefix, view
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.evaluate import perplexity, score_stories
 from tl_tomsparse.heads import KnockoutMeter, Knockouts, knockout_design, measure_knockouts, model_heads
@@ -146,7 +146,7 @@ def test_layers_that_are_shared_are_not_computed(monkeypatch):
 def test_batches_are_cut_where_the_least_is_computed(budget):
     def cost(groups):
         return sum(
-            (9 - first[group.start]) * ((group.stop - group.start) * 10 + budget / 8) for group in groups
+            (9 - first[group.start]) * ((group.stop - group.start) * 10 + PASS * budget) for group in groups
         )
 
     first = np.sort(np.random.default_rng(0).integers(0, 8, 9))
@@ -217,6 +217,17 @@ def test_resample_takes_the_same_position_of_another_row_whatever_the_batches():
                 logits = model.run_with_hooks(tokens[None, :-1], fwd_hooks=hooks)[0]
             expected = logits.log_softmax(-1).gather(-1, tokens[1:, None]).mean()
             assert items[n] == pytest.approx(float(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_the_last_layer_works_on_few_positions_with_the_same_numbers(ablation, monkeypatch):
+    model = tiny.model("qwen2", dtype=torch.float64)
+    options = {"ablation": ablation, "batch_tokens": 400, "show_progress": False}
+    out = np.zeros((3, 8), dtype=bool)
+    out[0, 5] = out[1, [4, 7]] = out[2, [1, 6]] = True
+    narrow = KnockoutMeter(model, STORIES, **options).items(out)
+    monkeypatch.setattr(ModelView, "last_layer_sites", lambda self: [])
+    np.testing.assert_allclose(KnockoutMeter(model, STORIES, **options).items(out), narrow, atol=1e-5)
 
 
 def test_resample_never_takes_a_prompt_itself():

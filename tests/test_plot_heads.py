@@ -34,7 +34,7 @@ def test_the_map_has_every_head_and_frames_the_found(location):
 
 def test_a_map_of_layers_without_attention_leaves_them_out():
     heads = [(1, 0), (1, 1), (4, 0), (4, 1)]
-    design = tt.knockout_design(heads, 40, share=0.3)
+    design = tt.knockout_design(heads, 60, share=0.5, kind="bernoulli")
     found = tt.recover_heads(tt.measure_knockouts(lambda out: 1.0 - out[:, 2], design))
     figure = plot.head_effects(found, value="estimate")
     assert list(figure.data[0].y) == ["1", "4"]
@@ -44,9 +44,9 @@ def test_a_map_of_layers_without_attention_leaves_them_out():
 def test_predictions_are_held_out_ones(location):
     figure = plot.knockouts_predicted(location.effects)
     np.testing.assert_array_equal(figure.data[1].x, location.effects.predicted)
-    np.testing.assert_array_equal(figure.data[1].y, location.knockouts.scores)
+    np.testing.assert_array_equal(figure.data[1].y, location.effects.scores)
     assert f"{location.effects.r2:.2f}" in figure.layout.annotations[0].text
-    design = tt.knockout_design([(0, 0), (0, 1)], 20, share=0.5)
+    design = tt.knockout_design([(0, head) for head in range(8)], 20, share=0.5)
     flat = tt.recover_heads(tt.measure_knockouts(lambda out: np.ones(len(out)), design))
     assert "never changes" in plot.knockouts_predicted(flat).layout.annotations[0].text
 

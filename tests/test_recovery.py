@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 
 import numpy as np
@@ -195,6 +196,29 @@ def test_constant_scores_say_so(unedited):
     assert "unedited it is another" in moved.reason
 
 
+def test_repetitions_are_one_measurement():
+    one = measured(n=60, noise=0.3)
+    twice = Knockouts(
+        dataclasses.replace(one.design, out=np.concatenate([one.design.out, one.design.out])),
+        np.concatenate([one.scores + 0.1, one.scores - 0.1]),
+        one.unedited,
+    )
+    expected, found = recover_heads(one), recover_heads(twice)
+    np.testing.assert_allclose(found.scores, expected.scores)
+    assert found.r2 == pytest.approx(expected.r2)
+    assert found.found == expected.found
+    # single heads again and again: another one is never predicted by them
+    alone = knockout_design(GRID[:24], 120, share=0.04)
+    effects = np.random.default_rng(0).standard_normal(24)
+    singles = recover_heads(measure_knockouts(lambda out: out @ effects, alone))
+    assert len(singles.scores) == 24
+    assert singles.r2 < 0.2
+    with pytest.raises(TomsparseError, match="4 different measurements"):
+        recover_heads(
+            measure_knockouts(lambda out: out[:, 0] * 1.0, knockout_design(GRID[:4], 40, share=0.2))
+        )
+
+
 def test_interactions_lower_the_r2_of_additive_effects():
     design = knockout_design(GRID, 150, share=0.2)
 
@@ -208,7 +232,7 @@ def test_interactions_lower_the_r2_of_additive_effects():
 
 
 def test_refusals():
-    with pytest.raises(TomsparseError, match="9 measurements are too few"):
+    with pytest.raises(TomsparseError, match="9 different measurements are too few"):
         recover_heads(measured(n=9))
     with pytest.raises(TomsparseError, match=r"level=1\.5"):
         recover_heads(measured(), level=1.5)

@@ -25,6 +25,7 @@ from tl_tomsparse._scoring import Batch, Reads
 from tl_tomsparse.samples import Samples
 
 Ablation = Literal["zero", "mean", "resample"]
+PASS = 1 / 32  # what one forward pass costs beside its tokens, as a share of the tokens of a full batch
 BLOCK = 64  # measurements after which the prefix is computed anew, and progress can be stored
 
 
@@ -235,13 +236,15 @@ def _groups(first: np.ndarray, n_layers: int, tokens: int, budget: int) -> list[
         n_layers: of the model.
         tokens: of one measurement.
         budget: most tokens in one batch (but one measurement at least). A batch is taken to cost its tokens
-            and an eighth of the budget besides, in each of its layers and once more around them.
+            and `PASS` of the budget besides, in each of its layers and once more around them.
     """
     most = max(1, budget // tokens)
     cost, cut = [0.0], [0]
     for end in range(1, len(first) + 1):
         begins = range(max(0, end - most), end)
-        costs = [cost[at] + (n_layers + 1 - first[at]) * ((end - at) * tokens + budget / 8) for at in begins]
+        costs = [
+            cost[at] + (n_layers + 1 - first[at]) * ((end - at) * tokens + PASS * budget) for at in begins
+        ]
         best = int(np.argmin(costs))
         cost.append(float(costs[best]))
         cut.append(begins[best])

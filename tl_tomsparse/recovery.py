@@ -45,7 +45,7 @@ class HeadEffects:
         r2, r2_low, r2_high: of held-out measurements, with a bootstrap 95 % interval over them; nan where the
             score is the same in all.
         r2_half: the same, of effects from half of the measurements.
-        predicted: `[n]`, held-out prediction of each measurement.
+        predicted: `[n]`, held-out prediction of each measurement; those of the same heads are one.
         scores: `[n]`, what was measured.
         intercept: of the additive model.
         unedited: the score with no head out.
@@ -121,7 +121,7 @@ def recover_heads(
     * the score is the same in all measurements.
 
     Args:
-        knockouts: at least ten measurements.
+        knockouts: at least ten measurements; those of the same heads count as one, with their mean.
         solver: "lasso", "omp" (orthogonal matching pursuit), "iht" (iterative hard thresholding).
         penalty: "cv" (cross-validation), "bic" (Lasso only), or a number: alpha on standardised scores for
             the Lasso, the number of heads for the others.
@@ -134,16 +134,20 @@ def recover_heads(
         seed: of folds, resamples and permutations.
 
     Raises:
-        TomsparseError: fewer than ten measurements; an unknown solver or penalty; a level outside (0, 1).
+        TomsparseError: fewer than ten different measurements; an unknown solver or penalty; a level outside
+            (0, 1).
     """
     for name, count in (("n_bootstrap", n_bootstrap), ("n_permutations", n_permutations)):
         check_positive(name, count)
     if not 0 < level < 1:
         raise TomsparseError(f"level={level!r} is outside (0, 1), for example 0.05.")
-    out, scores = knockouts.design.out, np.asarray(knockouts.scores, dtype=np.float64)
+    out, scores = _distinct(knockouts)
     n = len(scores)
     if n < _FEWEST:
-        raise TomsparseError(f"{n} measurements are too few to recover anything; use at least {_FEWEST}.")
+        raise TomsparseError(
+            f"{n} different measurements are too few to recover anything; use at least {_FEWEST}, or, with "
+            "few heads, knock out each alone."
+        )
     chosen = Solver(solver, penalty)
     smallest = 0.1 * abs(knockouts.unedited) if smallest is None else smallest
     effects = chosen.effects(out, scores, seed)
@@ -177,9 +181,23 @@ def recover_heads(
 
 
 def held_out_r2(knockouts: Knockouts, solver: Solver, *, folds: int, seed: int) -> tuple[float, float, float]:
-    """R^2 of held-out measurements with its interval; nan where the score is the same in all."""
-    scores = np.asarray(knockouts.scores, dtype=np.float64)
-    return _held_out(solver, knockouts.design.out, scores, min(folds, len(scores)), seed)[1]
+    """R^2 of held-out measurements with its interval; nan where all scores are the same, and where fewer than
+    ten measurements are different.
+    """
+    out, scores = _distinct(knockouts)
+    if len(scores) < _FEWEST:
+        return float("nan"), float("nan"), float("nan")
+    return _held_out(solver, out, scores, folds, seed)[1]
+
+
+def _distinct(knockouts: Knockouts) -> tuple[NDArray[np.bool_], Floats]:
+    """Measurements of the same heads as one with their mean: a repetition is not held out from the other."""
+    out, first, which = np.unique(knockouts.design.out, axis=0, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    sums = np.bincount(which, np.asarray(knockouts.scores, dtype=np.float64), len(out))
+    order = np.argsort(first)
+    found: NDArray[np.bool_] = out[order]
+    return found, (sums / np.bincount(which))[order]
 
 
 def _held_out(
