@@ -159,7 +159,14 @@ def planted(**changes: dict[str, float]) -> tt.PositionEffects:
         rank |= {f"random_{kind}": 9.0, f"random_{kind}_low": 8.0, f"random_{kind}_high": 10.0}
         rank |= {f"as_low_{kind}": 0, f"p_{kind}": 1e-3}
     ranks = [{"edit": "mask", "layer": -1, "matrix": m} | rank | changes.get(f"rank_{m}", {}) for m in "QK"]
-    meta = {"position": 0, "bos": True, "eps": 0.3, "threshold": 0.01, "no_rotation": None}
+    meta = {
+        "position": 0,
+        "bos": True,
+        "eps": 0.3,
+        "threshold": 0.01,
+        "no_rotation": None,
+        "dominant_slow": 0.7,
+    }
     meta |= {"n_samples": 40, "n_random": 20}
     nothing: Any = None
     frames = {name: pd.DataFrame() for name in ("heads", "frequencies", "sinks", "degrees", "by_frequency")}
@@ -171,6 +178,7 @@ def planted(**changes: dict[str, float]) -> tt.PositionEffects:
 
 def test_numbers_in_which_all_holds_support_all() -> None:
     found = claims(planted())
+    assert "(of which 70.0 % are slow)" in found["mask_at_dominant_frequencies"].sentence
     assert {claim.status for claim in found.values()} == {"supported"}
     assert all(claim.p is not None and claim.p <= 0.05 for claim in found.values())
     assert (

@@ -95,8 +95,10 @@ class _Reader:
                 how = "less often than in random masks, or not in both kinds of them"
             else:
                 how = "not shown more often than in random masks"
+            of_slow = percent(self.found.meta["dominant_slow"])
             where = {
-                "dominant": "the frequencies that hold half of each head's squared norm",
+                "dominant": "the frequencies that hold half of each head's squared norm (of which "
+                f"{of_slow} are slow)",
                 "slow": "the slower half of the frequencies",
             }[frequencies]
             by_row = rows.loc["row"]
