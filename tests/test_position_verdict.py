@@ -104,6 +104,8 @@ def test_without_rotation_claims_about_it_are_not_testable_and_sinks_are() -> No
         assert (found[name].status == "not testable") == about_rotation, name
         if about_rotation:
             assert "No layer of this model rotates queries and keys" in found[name].sentence
+    blind = claims(measured(model, edit, eps=0.99))["sinks_move"]
+    assert "No head attends to the first token (no BOS) by more than 0.99" in blind.sentence
 
 
 def test_what_cannot_be_tested_says_why() -> None:
