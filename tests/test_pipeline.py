@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests import families, tiny
+from tests import tiny
 from tl_tomsparse import _folder, experiment, pipeline, sensitivity
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
@@ -378,18 +378,6 @@ def test_other_architectures_and_smallest_sizes_run(tmp_path, kind, backend):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "W_out" in page
     assert "BOS token</dt><dd>none" in page
-
-
-def test_a_model_without_rotation_says_what_cannot_be_tested(tmp_path):
-    result = run(tmp_path / "run", model=str(families.directory("Bloom")), stories=2, dev_stories=2)
-    by_name = {claim.claim: claim for claim in result.position_claims}
-    assert by_name["queries_turn"].sentence.startswith("No layer of this model rotates queries and keys")
-    assert not (tmp_path / "run" / "position_frequencies.parquet").exists()
-    assert len(pd.read_parquet(tmp_path / "run" / "position_sinks.parquet")) == 3  # two layers and all
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "No layer of this model rotates queries and keys" in page
-    assert "Which frequencies carry the norm" not in page
-    assert "Attention to BOS" in page
 
 
 @pytest.mark.skipif(len(tiny.BACKENDS) < 2, reason="TransformerLens 4 has one backend")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import families
@@ -16,6 +17,7 @@ from test_rotary import some_samples
 import tl_tomsparse as tt
 from tl_tomsparse._model import view
 from tl_tomsparse.models import load_model
+from tl_tomsparse.pipeline import RunSettings, run_pipeline
 
 CLAIMS = [
     "mask_at_dominant_frequencies",
@@ -106,6 +108,22 @@ def test_without_rotation_claims_about_it_are_not_testable_and_sinks_are() -> No
             assert "No layer of this model rotates queries and keys" in found[name].sentence
     blind = claims(measured(model, edit, eps=0.99))["sinks_move"]
     assert "No head attends to the first token (no BOS) by more than 0.99" in blind.sentence
+
+
+def test_the_page_of_a_model_without_rotation_says_what_cannot_be_tested(tmp_path: Path) -> None:
+    settings = RunSettings(
+        model=str(families.directory("Bloom")), stories=2, dev_stories=2, test_stories=6, windows=20,
+        length=16, kappas=(0.01,), random_masks=3, device="cpu",
+    )  # fmt: skip
+    result = run_pipeline(settings, tmp_path / "run", show_progress=False)
+    by_name = {claim.claim: claim for claim in result.position_claims}
+    assert by_name["queries_turn"].sentence.startswith("No layer of this model rotates queries and keys")
+    assert not (tmp_path / "run" / "position_frequencies.parquet").exists()
+    assert len(pd.read_parquet(tmp_path / "run" / "position_sinks.parquet")) == 3  # two layers and all
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "No layer of this model rotates queries and keys" in page
+    assert "Which frequencies carry the norm" not in page
+    assert "Attention to BOS" in page
 
 
 def test_what_cannot_be_tested_says_why() -> None:
