@@ -150,6 +150,11 @@ def test_without_rotation_there_are_no_parts_by_frequency() -> None:
     assert (notes[["dominant", "slow", "fast"]] == "no layer has a rotation").all()
     assert (notes[["whole", "Q", "K"]] == "").all()
     assert set(frame.measure) == {"sinks_shifted", "attention"}
+    blind = tt.component_effects(model, some_samples(), edit, **{**OPTIONS, "eps": 0.99})
+    assert blind.frame.empty
+    assert "note" in blind.frame
+    with pytest.raises(tt.TomsparseError, match="No measure was taken"):
+        tt.plot.component_effects(blind)
 
 
 def test_own_components_and_refusals() -> None:

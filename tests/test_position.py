@@ -129,6 +129,8 @@ def test_effects_are_those_of_single_measures_made_one_by_one(backend: Any) -> N
         by_hand(measured(tt.SparseEdit.zero(model, mask.random_like(seed, match="matrix"))))
         for seed in (4, 5, 6)
     ]
+    slow = [bool(row.frequency >= 2) for row in old[2].dominant().itertuples()]  # of four frequencies
+    assert found.meta["dominant_slow"] == pytest.approx(np.mean(slow))
     of = found.summary.set_index("measure")
     for name, value in own.items():
         assert of.value[name] == pytest.approx(value, abs=1e-9), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import families
@@ -16,6 +17,7 @@ from test_rotary import some_samples
 import tl_tomsparse as tt
 from tl_tomsparse._model import view
 from tl_tomsparse.models import load_model
+from tl_tomsparse.pipeline import RunSettings, run_pipeline
 
 CLAIMS = [
     "mask_at_dominant_frequencies",
@@ -104,6 +106,24 @@ def test_without_rotation_claims_about_it_are_not_testable_and_sinks_are() -> No
         assert (found[name].status == "not testable") == about_rotation, name
         if about_rotation:
             assert "No layer of this model rotates queries and keys" in found[name].sentence
+    blind = claims(measured(model, edit, eps=0.99))["sinks_move"]
+    assert "No head attends to the first token (no BOS) by more than 0.99" in blind.sentence
+
+
+def test_the_page_of_a_model_without_rotation_says_what_cannot_be_tested(tmp_path: Path) -> None:
+    settings = RunSettings(
+        model=str(families.directory("Bloom")), stories=2, dev_stories=2, test_stories=6, windows=20,
+        length=16, kappas=(0.01,), random_masks=3, device="cpu",
+    )  # fmt: skip
+    result = run_pipeline(settings, tmp_path / "run", show_progress=False)
+    by_name = {claim.claim: claim for claim in result.position_claims}
+    assert by_name["queries_turn"].sentence.startswith("No layer of this model rotates queries and keys")
+    assert not (tmp_path / "run" / "position_frequencies.parquet").exists()
+    assert len(pd.read_parquet(tmp_path / "run" / "position_sinks.parquet")) == 3  # two layers and all
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "No layer of this model rotates queries and keys" in page
+    assert "Which frequencies carry the norm" not in page
+    assert "Attention to BOS" in page
 
 
 def test_what_cannot_be_tested_says_why() -> None:
@@ -159,7 +179,14 @@ def planted(**changes: dict[str, float]) -> tt.PositionEffects:
         rank |= {f"random_{kind}": 9.0, f"random_{kind}_low": 8.0, f"random_{kind}_high": 10.0}
         rank |= {f"as_low_{kind}": 0, f"p_{kind}": 1e-3}
     ranks = [{"edit": "mask", "layer": -1, "matrix": m} | rank | changes.get(f"rank_{m}", {}) for m in "QK"]
-    meta = {"position": 0, "bos": True, "eps": 0.3, "threshold": 0.01, "no_rotation": None}
+    meta = {
+        "position": 0,
+        "bos": True,
+        "eps": 0.3,
+        "threshold": 0.01,
+        "no_rotation": None,
+        "dominant_slow": 0.7,
+    }
     meta |= {"n_samples": 40, "n_random": 20}
     nothing: Any = None
     frames = {name: pd.DataFrame() for name in ("heads", "frequencies", "sinks", "degrees", "by_frequency")}
@@ -171,6 +198,7 @@ def planted(**changes: dict[str, float]) -> tt.PositionEffects:
 
 def test_numbers_in_which_all_holds_support_all() -> None:
     found = claims(planted())
+    assert "(of which 70.0 % are slow)" in found["mask_at_dominant_frequencies"].sentence
     assert {claim.status for claim in found.values()} == {"supported"}
     assert all(claim.p is not None and claim.p <= 0.05 for claim in found.values())
     assert (

@@ -40,12 +40,14 @@ def component_effects(found: ComponentEffects, *, measures: Sequence[str] | None
             far as they were measured.
 
     Raises:
-        TomsparseError: a measure that was not taken.
+        TomsparseError: a measure that was not taken, or none at all.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     there = list(dict.fromkeys(found.frame.measure))
+    if not there:
+        raise TomsparseError("No measure was taken: there is no sink, no rotation, no stories and no text.")
     measures = [name for name in _FIRST if name in there] if measures is None else list(measures)
     if unknown := [name for name in measures if name not in there]:
         raise TomsparseError(

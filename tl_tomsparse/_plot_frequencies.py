@@ -90,7 +90,7 @@ def frequency_norms(
     rows = len(views[0].labels)
     panel = round(max(5.0, min(16.0, 760 / rows)) * rows) if len(views) == 1 else 400
     above, below = 90 if len(views) > 1 else 40, 130
-    _colours(figure, views, panel)
+    _colours(figure, views, part, panel)
     return finish(figure, height=above + panel + below).update_layout(margin={"t": above, "b": below})
 
 
@@ -156,17 +156,21 @@ def _axes(view: _View, part: str, n_panels: int) -> dict[str, Any]:
     return axes | {"yaxis.title.text": view.rows}
 
 
-def _colours(figure: go.Figure, views: Sequence[_View], height: int) -> None:
+def _colours(figure: go.Figure, views: Sequence[_View], part: str, height: int) -> None:
     """One range for all norms, another one for all changes, each bar below its panels of this height."""
     bar: dict[str, Any] = {"orientation": "h", "thickness": 12, "yanchor": "top", "y": -60 / height}
     top = max(float(np.nanmax(panel)) for view in views for panel in view.panels[:2])
-    several = len(views[0].panels) > 1
+    several, what = len(views[0].panels) > 1, {"q": "queries", "k": "keys"}[part]
     figure.update_layout(
         coloraxis={
             "colorscale": "Viridis",
             "cmin": 0,
             "cmax": top or 1.0,
-            "colorbar": {**bar, "title": {"text": "norm", "side": "top"}, "x": 0.32 if several else 0.5}
+            "colorbar": {
+                **bar,
+                "title": {"text": f"norm of {what}", "side": "top"},
+                "x": 0.32 if several else 0.5,
+            }
             | {"len": 0.6},
         }
     )

@@ -29,7 +29,7 @@ def position_section(result: RunResult, figures: Figures) -> list[str]:
         section(
             "Which frequencies carry the norm",
             "Root mean square of the norm of each pair of dimensions that a rotary frequency turns: queries, "
-            "then keys, of which there may be fewer heads. The mask’s edit changes what it changes there.",
+            "then keys, of which there may be fewer heads.",
             *(
                 figures.add(plot.frequency_norms(after.norms, part=part, before=before.norms), width=_WIDE)
                 for part in "qk"
@@ -45,8 +45,8 @@ def position_section(result: RunResult, figures: Figures) -> list[str]:
     if before.angles is not None:
         section(
             f"Angles between queries and the key of {token}",
-            "How many queries have which angle, and the mean of each head. At 90 degrees a query does not "
-            "see the key.",
+            "How many queries have which angle, and the mean of each head. At 90 degrees their product, and "
+            "with it the attention logit, is zero.",
             figures.add(plot.angle_histogram(found.degrees), width=_WIDE),
             figures.add(plot.bos_angles(before.angles, after=after.angles), width=_WIDE),
         )

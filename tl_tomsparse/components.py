@@ -307,6 +307,8 @@ class _Frame:
         """All rows."""
         import pandas as pd
 
+        if not self._rows:  # no sink, no rotation, no stories, no text
+            return pd.DataFrame(columns=["component", "entries", "share", "measure", "note"])
         frame = pd.concat(self._rows, ignore_index=True)
         return frame[[name for name in frame if name != "note"] + ["note"]]
 

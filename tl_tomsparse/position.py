@@ -64,7 +64,8 @@ class PositionEffects:
         ranks: see [`mask_rank`][], of each edit's mask.
         sink_heads: (layer, head) pairs.
         n_weights: of each edit.
-        meta: position, bos, eps, threshold, no_rotation (why no layer has one, or None), and how it was made.
+        meta: position, bos, eps, threshold, no_rotation (why no layer has one, or None), dominant_slow (the
+            share of heads' dominant frequencies that are of the slower half), and how it was made.
 
     Frames about rotation are empty where no layer has one, those about masks where nothing of a mask is in Q
     or K (of such layers). [`position_verdict`][] reads claims off these numbers.
@@ -166,6 +167,7 @@ def position_effects(
         "threshold": threshold,
         "match": match,
         "no_rotation": None if before.norms is not None else _why_not(seen),
+        "dominant_slow": None if before.norms is None else _slow_share(before.norms),
         "n_random": n_random,
         "seed": seed,
         "n_samples": len(samples),
@@ -191,6 +193,13 @@ def check_measurable(
             f"{seen.name} has an active edit, {seen.active_edits[-1]}; edits are applied here, so call this "
             "outside of the block."
         )
+
+
+def _slow_share(norms: FrequencyNorms) -> float:
+    """The share of all heads' dominant frequencies that are of the slower half."""
+    dominant = norms.dominant()
+    slow = [bool(norms.layout[row.layer].slow[row.frequency]) for row in dominant.itertuples()]
+    return sum(slow) / len(slow)
 
 
 def _why_not(seen: ModelView) -> str:

@@ -67,7 +67,8 @@ class _Reader:
     def __init__(self, found: PositionEffects, edit: str) -> None:
         self.found = found
         self.token = key_name(found.meta["position"], found.meta["bos"])
-        self._summary = self._of(found.summary, edit).set_index("measure")
+        summary = self._of(found.summary, edit)
+        self._summary = summary.set_index("measure") if len(summary) else summary
         self._shares, self._ranks = self._of(found.shares, edit), self._of(found.ranks, edit)
         self._empty = None if found.n_weights[edit] else "the mask is empty, so nothing was edited."
         without = found.meta["no_rotation"]
@@ -95,8 +96,10 @@ class _Reader:
                 how = "less often than in random masks, or not in both kinds of them"
             else:
                 how = "not shown more often than in random masks"
+            of_slow = percent(self.found.meta["dominant_slow"])
             where = {
-                "dominant": "the frequencies that hold half of each head's squared norm",
+                "dominant": "the frequencies that hold half of each head's squared norm (of which "
+                f"{of_slow} are slow)",
                 "slow": "the slower half of the frequencies",
             }[frequencies]
             by_row = rows.loc["row"]
