@@ -253,7 +253,7 @@ def _own(score: OwnScore, values: Float[np.ndarray, "items options"]) -> Float[n
     return found
 
 
-def check_out(out: Any, heads: Sequence[Head]) -> Bool[np.ndarray, "n heads"]:
+def check_out(out: Any, heads: Sequence[tuple[int, int]]) -> Bool[np.ndarray, "n heads"]:
     """Which heads are out as an array; refuse another shape or type."""
     array = np.asarray(out)
     if array.ndim != 2 or array.shape[1] != len(heads) or array.dtype != bool:
@@ -274,7 +274,7 @@ class _Known:
         about: Sequence[str],
         path: str | Path | None,
         show_progress: bool,
-        heads: Sequence[Head],
+        heads: Sequence[tuple[int, int]],
     ) -> None:
         self.run, self.totals = run, dict[bytes, np.ndarray]()
         self._model, self._weights = model, _weights(model)
