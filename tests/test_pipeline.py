@@ -158,8 +158,8 @@ class Stop:
 @pytest.mark.parametrize(
     ("owner", "name", "n"),
     [
-        (sensitivity, "_loss", 1),
-        (sensitivity, "_loss", 3),
+        (sensitivity, "row_losses", 1),
+        (sensitivity, "row_losses", 3),
         (PointMeter, "_record", 2),
         (PointMeter, "_record", 9),
     ],

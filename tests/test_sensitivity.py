@@ -306,7 +306,7 @@ def test_resumes_exactly(backend: str, tmp_path: Path, monkeypatch: pytest.Monke
     model, samples, path = tiny.model("llama", backend), mixed(), tmp_path / "progress.safetensors"
     expected = fisher(model, samples, batch_tokens=60)
     monkeypatch.setattr(_fisher_progress, "_CHECKPOINT_SECONDS", 0.0)
-    original, calls = module._loss, []
+    original, calls = module.row_losses, []
 
     def interrupted(read: Any, batch: Samples) -> Tensor:
         calls.append(batch.ids)
@@ -314,14 +314,16 @@ def test_resumes_exactly(backend: str, tmp_path: Path, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         return original(read, batch)
 
-    monkeypatch.setattr(module, "_loss", interrupted)
+    monkeypatch.setattr(module, "row_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fisher(model, samples, batch_tokens=60, checkpoint=path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     done = {name for ids in calls[:2] for name in ids}
     calls.clear()
     calls.append(())  # the next calls are number 2, and then 4, 5 ...
-    monkeypatch.setattr(module, "_loss", lambda read, batch: calls.append(batch.ids) or original(read, batch))
+    monkeypatch.setattr(
+        module, "row_losses", lambda read, batch: calls.append(batch.ids) or original(read, batch)
+    )
     found = fisher(model, samples, batch_tokens=60, checkpoint=path)
     assert not done & {name for ids in calls for name in ids}
     assert found.n_samples == expected.n_samples

@@ -148,9 +148,13 @@ def collect_reads(model: Any, wanted: Sequence[Wanted], *, pack: bool, batch_tok
         pack: compute common beginnings once, if the model obeys. Hooks of the caller would see packed rows.
         batch_tokens: most tokens a batch, padding included (a longer tree is a batch of its own); None for
             the default of the device.
+
+    Raises:
+        TomsparseError: the model turns some of these rows by other frequencies than the rest.
     """
     model_view = view(model)
     model_view.require_eval()
+    model_view.require_same_rotation({len(row) for row, _ in wanted})
     budget = default_batch_tokens(model_view) if batch_tokens is None else batch_tokens
     check_positive("batch_tokens", budget)
     trees = _trees(wanted, model_view.n_ctx if pack else 0)
