@@ -56,6 +56,7 @@ _NAMES = {
     "last_token": "a mask made with the prompt's last token in place of the answer",
     "false_photograph": "the mask of false photographs",
     "key_value": "the mask of key-value recall",
+    "counting": "the mask of counting in words",
 }
 
 

@@ -19,13 +19,21 @@ from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import rank_entries, top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
 from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
-from tl_tomsparse.stories import Story, generate_photographs, generate_stories, relabelled
+from tl_tomsparse.stories import Story, generate_photographs, generate_stories, generate_texts, relabelled
 
 if TYPE_CHECKING:
     from tl_tomsparse.study import StudySettings
 
 CHUNKS = 8  # parts of the task's samples, whose sensitivities give halves, quarters and eighths
-OTHER_TASKS = ("true_belief", "reality", "memory", "second_order", "false_photograph", "key_value")
+OTHER_TASKS = (
+    "true_belief",
+    "reality",
+    "memory",
+    "second_order",
+    "false_photograph",
+    "key_value",
+    "counting",
+)
 OTHER_LABELS = ("wrong_labels", "shuffled_labels", "last_token")
 OTHER_STORIES = ("other_stories", "transfer", "contents", "new_wording")
 
@@ -82,6 +90,8 @@ def make_material(model: Any, settings: StudySettings) -> Material:
         tasks[name] = some(mixed, name)
     tasks["false_photograph"] = some(generate_photographs(n, seed=seed), "false_photograph")
     tasks["key_value"] = some(_facts(model, n, seed, "train"), "other")
+    counting = generate_texts(2 * n_samples, seed=seed, split="train", kinds=("counting",))
+    tasks["counting"] = text_samples(model, counting, length=settings.length, prepend_bos=bos, seed=seed)
     tasks["wrong_labels"] = some(relabelled(task, "wrong", seed=seed), "false_belief")
     tasks["shuffled_labels"] = some(relabelled(task, "shuffled", seed=seed), "false_belief")
     tasks["last_token"] = some(task, "false_belief", supervise="last_token")
