@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from functools import partial
@@ -206,7 +207,7 @@ def test_parts_of_a_mask_are_the_most_sensitive_or_random_entries() -> None:
 
 SMALL = tt.StudySettings(
     stories=16, dev_stories=2, test_stories=4, windows=10, length=48, random_masks=1, tune_steps=2,
-    kappa=0.02, n_draws=200,
+    kappa=0.02, n_draws=200, head_stories=1,
 )  # fmt: skip
 
 
@@ -285,6 +286,10 @@ def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> N
     assert all(claim.claim.replace("_", " ") in page for claim in study.claims)
     stored = json.loads((out / "study.json").read_text())
     assert len(stored["claims"]) == len(study.claims)
+    assert len(stored["heads"]) == len(study.heads.claims) > 0
+    assert "Effect of each head" in page
+    assert (out / "heads_test.safetensors").exists()
+    assert all(claim.sentence in html.unescape(page) for claim in study.heads.claims)
 
 
 def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:

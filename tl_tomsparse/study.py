@@ -35,6 +35,7 @@ from tl_tomsparse._points import Point
 from tl_tomsparse._study_arms import matches_for
 from tl_tomsparse._study_claims import Evidence, StudyClaim, claims_of
 from tl_tomsparse._study_compare import Comparer
+from tl_tomsparse._study_heads import HeadSection, study_heads
 from tl_tomsparse._study_material import (
     CHUNKS,
     OTHER_LABELS,
@@ -73,6 +74,8 @@ class StudySettings:
         matrices: which weights.
         random_masks: random masks of each kind; a claim needs at least 19.
         tune_steps: updates when masked weights are trained.
+        head_stories: stories on which heads are found, and as many on which they are measured; 0 leaves heads
+            out.
         seed: of everything.
         prepend_bos: begin every sample with the BOS token.
         accuracy_margin, perplexity_margin: what counts as no change.
@@ -89,6 +92,7 @@ class StudySettings:
     matrices: tuple[str, ...] = ("Q", "K")
     random_masks: int = 20
     tune_steps: int = 100
+    head_stories: int = 6
     seed: int = 0
     prepend_bos: bool = True
     accuracy_margin: float = 0.05
@@ -98,7 +102,14 @@ class StudySettings:
     def quick(self) -> StudySettings:
         """A smaller one, for a first look: fewer stories, and random masks as few as a claim allows."""
         return replace(
-            self, stories=64, dev_stories=12, test_stories=48, windows=60, random_masks=19, tune_steps=20
+            self,
+            stories=64,
+            dev_stories=12,
+            test_stories=48,
+            windows=60,
+            random_masks=19,
+            tune_steps=20,
+            head_stories=3,
         )
 
     def check(self) -> None:
@@ -110,6 +121,8 @@ class StudySettings:
         for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks", "tune_steps"):
             check_positive(name, getattr(self, name))
         check_positive("n_draws", self.n_draws)
+        if self.head_stories < 0:
+            raise TomsparseError(f"head_stories={self.head_stories!r} must be 0 or more.")
         for matrix in self.matrices:
             check_choice("matrices", matrix, MATRICES)
         if not self.matrices:
@@ -141,6 +154,7 @@ class Study:
             expected_jaccard (random masks), p.
         losses: one row an edit and term of [`LossChange`][]: edit, seed, term, mean, low, high (nats).
         masks: the mask and its controls, by name.
+        heads: the same question for whole heads: claims of their own family, figures and frames by title.
         kappa: of all of them.
         facts: the model's identity, settings, versions, and how much of what was measured.
     """
@@ -152,6 +166,7 @@ class Study:
     overlaps: pd.DataFrame = field(repr=False)
     losses: pd.DataFrame = field(repr=False)
     masks: Mapping[str, SparseMask] = field(repr=False)
+    heads: HeadSection = field(repr=False)
     kappa: float
     facts: dict[str, Any] = field(repr=False)
 
@@ -244,8 +259,10 @@ def study(
         losses = loss_changes(
             model, material, masks["mask"], sensitivities["task"], settings, out, show_progress
         )
+        progress("Heads by knock-outs")
+        heads = study_heads(model, masks["mask"], settings, out, show_progress)
         result = _assemble(
-            model, material, points, rows, masks, sensitivities, losses, kappa, settings, facts
+            model, material, points, rows, masks, sensitivities, losses, heads, kappa, settings, facts
         )
         progress("Writing the page")
         _write(out, result)
@@ -261,6 +278,7 @@ def _assemble(
     masks: Mapping[str, SparseMask],
     sensitivities: Mapping[str, Sensitivity],
     losses: Mapping[tuple[str, int | None], LossChange],
+    heads: HeadSection,
     kappa: float,
     settings: StudySettings,
     facts: dict[str, Any],
@@ -313,6 +331,7 @@ def _assemble(
             ignore_index=True,
         ).astype({"seed": "Int64"}),
         masks,
+        heads,
         kappa,
         facts,
     )
@@ -340,4 +359,5 @@ def _write(out: Path, result: Study) -> None:
         write_bytes(out / f"{table}.parquet", frame.to_parquet(index=False))
     claims = [claim.to_dict() for claim in result.claims]
     clean = json.loads(json.dumps(claims, allow_nan=True).replace("NaN", "null"))
-    write_json(out / "study.json", {**result.facts, "claims": clean})
+    about_heads = [claim.to_dict() for claim in result.heads.claims]
+    write_json(out / "study.json", {**result.facts, "claims": clean, "heads": about_heads})
