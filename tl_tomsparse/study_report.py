@@ -122,8 +122,8 @@ def _heads(study: Study, figures: Figures) -> list[str]:
     n = study.facts["settings"]["head_stories"]
     body = [
         "<p>Which attention heads the answers about beliefs hang on, from knock-outs of several random heads "
-        f"at a time (arXiv 2603.03335): found on {n} dev stories, measured on {n} held-out ones. These claims "
-        "are a family of their own.</p>",
+        f"at a time (arXiv 2603.03335): found on {n} dev stories, measured on {n} held-out ones. These "
+        "claims are a family of their own.</p>",
         claims_table(heads.claims),
     ]
     for title, figure in heads.figures.items():
