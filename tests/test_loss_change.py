@@ -126,7 +126,7 @@ def test_the_first_step_of_tuning_is_that_of_adam() -> None:
 
     keys = list(mask.shapes)
     gradients = dict(zip(keys, view(model).gradients(keys, loss)))
-    assert tuned.losses[0] == pytest.approx(float(loss()), abs=1e-6)
+    assert tuned.losses[0] == pytest.approx(float(loss().detach()), abs=1e-6)
     for key, index in mask.entries.items():
         size = view(model).weight(key).square().mean().sqrt()
         step = tuned.edit.after[key] - tuned.edit.before[key]
