@@ -12,10 +12,10 @@ import tiny
 import torch
 from test_heads_families import hooks_of, margins, tokens_of
 
-from tl_tomsparse import _meter
+from tl_tomsparse import _meter, _model_reader
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._knockouts import PASS, _groups
-from tl_tomsparse._model import ModelView, SharedPrefix, view
+from tl_tomsparse._model import SharedPrefix, view
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.evaluate import perplexity, score_stories
 from tl_tomsparse.heads import KnockoutMeter, Knockouts, knockout_design, measure_knockouts, model_heads
@@ -226,7 +226,7 @@ def test_the_last_layer_works_on_few_positions_with_the_same_numbers(ablation, m
     out = np.zeros((3, 8), dtype=bool)
     out[0, 5] = out[1, [4, 7]] = out[2, [1, 6]] = True
     narrow = KnockoutMeter(model, STORIES, **options).items(out)
-    monkeypatch.setattr(ModelView, "last_layer_sites", lambda self: [])
+    monkeypatch.setattr(_model_reader, "_last_layer_sites", lambda model_view: [])
     np.testing.assert_allclose(KnockoutMeter(model, STORIES, **options).items(out), narrow, atol=1e-5)
 
 
