@@ -161,7 +161,7 @@ def recovery(options: argparse.Namespace) -> None:
                 effects = rng.uniform(0.5, 1.5, 5)
                 for place, n in enumerate(options.numbers):
                     out = knockout_design(heads, n, share=share, kind=kind, seed=repeat).out
-                    scores = -out[:, needed] @ effects + 0.1 * rng.standard_normal(n)
+                    scores = -(out[:, needed].astype(float) @ effects) + 0.1 * rng.standard_normal(n)
                     scores += 0.3 * (out[:, needed[0]] & out[:, needed[1]])
                     marginal = (out - out.mean(0)).T @ (scores - scores.mean())
                     found = {name: solver.effects(out, scores, 0) for name, solver in SOLVERS.items()}
