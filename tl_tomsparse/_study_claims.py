@@ -37,8 +37,7 @@ PAPER = {
     "more_than_random": "says so, against one random mask",
     "true_belief_stays": "not reported apart",
     "reality_stays": "not reported apart",
-    "perplexity_stays": "says that it rises",
-    "selective": "says so, without this contrast",
+    "perplexity_stays": "says that language understanding suffers",
     "dose": "shows a sweep",
     "diagonal_predicts": "assumes it",
 }

@@ -165,7 +165,8 @@ def locate_heads(
     unedited = knockouts.unedited
     smallest = 0.1 * abs(unedited) if smallest is None else smallest
     column = {head: place for place, head in enumerate(heads)}
-    candidates = [column[head] for head in effects.ranked()[: 2 * max_heads]] if effects.found else []
+    found = set(effects.found)
+    candidates = [column[head] for head in effects.ranked() if head in found][: 2 * max_heads]
     order, scores, n_confirm = search.greedy(meter, candidates, len(heads), max_heads)
     falls = -np.diff([unedited, *scores])
     n_confirmed = int(np.argmin([*(falls >= max(smallest, 1e-12)), False]))

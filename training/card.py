@@ -339,8 +339,8 @@ With other names:
 {table(numbers["independent"]["other"])}
 
 First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
-{recall}. Among four options (`tt.battery`, {numbers["by_distance"][0]["n"]} items each): {far} tokens; rows of training have at most {numbers["longest_row"]},
-so what is beyond them fades. Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
+{recall}. Among four options (`tt.battery`, {numbers["by_distance"][0]["n"]} items each): {far} tokens; rows of training have at most {numbers["longest_row"]}.
+Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
 with mean attention {at["attention"]:.3f}.
 
 What rules of thumb would score on the same questions (seen wordings):
