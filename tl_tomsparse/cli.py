@@ -74,8 +74,11 @@ def run(
     matrices: Annotated[str, typer.Option(help="Which weights: some of Q,K,V,O,gate,in,out.")] = ",".join(
         _DEFAULT.matrices
     ),
+    sweep_masks: Annotated[
+        int, typer.Option(help="Random masks at each point of the sweep.")
+    ] = _DEFAULT.sweep_masks,
     random_masks: Annotated[
-        int, typer.Option(help="Random masks beside every mask.")
+        int, typer.Option(help="Random masks beside the mask whose effect is reported.")
     ] = _DEFAULT.random_masks,
     seed: Annotated[int, typer.Option(help="Of stories, text and random masks.")] = _DEFAULT.seed,
     device: Annotated[
@@ -104,6 +107,7 @@ def run(
             length=length,
             kappas=_kappas(kappas),
             matrices=tuple(name.strip() for name in matrices.split(",") if name.strip()),
+            sweep_masks=sweep_masks,
             random_masks=random_masks,
             seed=seed,
             device=device,

@@ -65,7 +65,8 @@ class RunSettings:
         length: tokens of a window.
         kappas: sparsities of the sweep, or "auto".
         matrices: which weights.
-        random_masks: random masks at each point.
+        sweep_masks: random masks at each point of the sweep, whose rule looks at their mean.
+        random_masks: random masks beside the effect and the position.
         seed: of stories, text and random masks.
         device: by default the GPU if there is one.
         dtype: of the weights.
@@ -83,6 +84,7 @@ class RunSettings:
     length: int = 128
     kappas: Literal["auto"] | tuple[float, ...] = "auto"
     matrices: tuple[str, ...] = ("Q", "K")
+    sweep_masks: int = 5
     random_masks: int = 20
     seed: int = 0
     device: str | None = None
@@ -96,8 +98,10 @@ class RunSettings:
             TomsparseError: a count below one, an unknown matrix or dtype, a kappa outside [0, 1], a text
                 file that cannot be read.
         """
-        for name in ("stories", "dev_stories", "test_stories", "windows", "position_stories", "random_masks"):
-            check_positive(name, getattr(self, name))
+        for count in ("stories", "dev_stories", "test_stories", "windows", "position_stories"):
+            check_positive(count, getattr(self, count))
+        for count in ("sweep_masks", "random_masks"):
+            check_positive(count, getattr(self, count))
         for matrix in self.matrices:
             check_choice("matrices", matrix, MATRICES)
         if not self.matrices:
@@ -198,7 +202,6 @@ def run_pipeline(
             kappas = auto_kappas(tom) if settings.kappas == "auto" else settings.kappas
             progress(f"Sweep over {len({0.0, *kappas})} sparsities on {len(material.dev)} dev stories")
             shared: dict[str, Any] = {
-                "n_random": settings.random_masks,
                 "seed": settings.seed,
                 "prepend_bos": settings.prepend_bos,
                 "on_point": store,
@@ -212,13 +215,20 @@ def run_pipeline(
                 dev_stories=material.dev,
                 dev_text=material.dev_text,
                 kappas=kappas,
+                n_random=settings.sweep_masks,
                 **shared,
             )
             choice = choose_kappa(sweep)
             masks = arm_masks(tom, general, choice.kappa)
             progress(f"Effect of {len(masks['mask'])} weights on {len(material.test)} held-out stories")
             found = effect(
-                model, masks, stories=material.test, text=material.test_text, kappa=choice.kappa, **shared
+                model,
+                masks,
+                stories=material.test,
+                text=material.test_text,
+                kappa=choice.kappa,
+                n_random=settings.random_masks,
+                **shared,
             )
         progress(f"Position on {len(material.position)} held-out stories")
         position, patterns = _position(model, material.position, masks["mask"], settings, show_progress)

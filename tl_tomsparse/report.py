@@ -122,7 +122,8 @@ def _settings(result: RunResult) -> str:
         f"{settings.test_stories} test (reported)",
         "general text": f"{settings.windows} windows of {settings.length} tokens (sensitivity), "
         f"{meta['n_text_samples']} held out (perplexity)",
-        "controls": f"{settings.random_masks} random masks, the general-only and the ToM-only mask",
+        "controls": f"{settings.random_masks} random masks (sweep: {settings.sweep_masks}), the general-only and "
+        "the ToM-only mask",
         "position": f"{result.position.meta['n_samples']} held-out stories",
         "BOS token": f"{result.facts['bos_token']}, first in every sample"
         if settings.prepend_bos

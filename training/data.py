@@ -65,6 +65,7 @@ class Stage:
     lookup: float = 0.0  # share of rows in which everything is looked up by a name once
     general: float = 0.0  # share of rows that are general text; the rest are stories
     facts: tuple[int, int] = (3, 10)  # how many a chant repeats
+    lookups: tuple[int, int] = (2, 8)  # how many names a row of look-ups has
     keys: tuple[tuple[str, ...], ...] = (ALL_NAMES, ALL_NAMES, ALL_NAMES, tuple(THINGS))
     agents: tuple[int, int] = (2, 4)
     shapes: tuple[int, ...] = (0,)  # indices of SHAPES, drawn equally often
@@ -89,8 +90,14 @@ STAGES = (
         float("inf"), float("inf"), batch=32, width=192, chant=0.05, lookup=0.12, general=0.14, facts=(3, 12),
         shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, variety=0.4,
     ),
+    Stage(
+        float("inf"), float("inf"), batch=8, width=512, chant=0.1, lookup=0.4, general=0.1, facts=(8, 48),
+        lookups=(8, 46), shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, variety=0.4,
+    ),
 )  # fmt: skip
-"""Looking things up by a name first: short, longer, in sentences. Then stories, second order last."""
+"""Looking things up by a name first: short, longer, in sentences. Then stories, second order last. The very last
+stage comes when the learning rate has fallen: the same with rows as long as the context, half of them look-ups.
+"""
 LEXICON = (ALL_NAMES, THINGS, PLACES, ROOMS, CONTENTS, PACKAGES)
 KEPT = frozenset(word for pool in LEXICON for word in pool)
 STORY_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT, PRESENCE_WEIGHT = 0.05, 0.02, 0.3, 0.5
@@ -158,7 +165,8 @@ class Rows:
         n = facts[0] + draw.below(facts[1] - facts[0] + 1)
         left = draw.sample(draw.choice(keys), n)
         pool = draw.choice((ROOMS, THINGS, COLOURS, PLACES, CONTENTS, ALL_NAMES))
-        right = draw.sample([value for value in pool if value not in left], n)
+        pool = [value for value in pool if value not in left]
+        right = draw.sample(pool, n) if n <= len(pool) else [draw.choice(pool) for _ in range(n)]
         link = draw.choice(("", "", *LINKS))
         stop = self.encode("a.")[-1:]  # without it, what stands after a value looks like one, too
         tokens, said, predictions = [self.tokenizer.bos_token_id], set(), []
@@ -177,9 +185,9 @@ class Rows:
         row.predictions = predictions
         return row
 
-    def lookup(self, draw: Draw) -> Row | None:
+    def lookup(self, draw: Draw, lookups: tuple[int, int]) -> Row | None:
         """What is whose, who is where, who is here, who thinks what: many names, and every name asked."""
-        n = 2 + draw.below(7)
+        n = lookups[0] + draw.below(lookups[1] - lookups[0] + 1)
         names, parts, asked = draw.sample(ALL_NAMES, n), [], []
         kind = draw.below(4)
         if kind != 0 and draw.coin(0.3):
@@ -333,7 +341,7 @@ class Rows:
             if kind < stage.chant:
                 row = self.chant(draw, stage.facts, stage.keys)
             elif kind < stage.chant + stage.lookup:
-                row = self.lookup(draw)
+                row = self.lookup(draw, stage.lookups)
             elif kind < stage.chant + stage.lookup + stage.general:
                 row = self.text(next(texts))
             else:

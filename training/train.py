@@ -3,8 +3,8 @@
 On a GPU where there is one, else on the CPU; rows are made by other processes. Seeded, resumable (run the
 same command again), with a log (`log.jsonl`), a checkpoint every two minutes and half-precision snapshots
 along the way. The learning rate warms up, stays, and falls to zero over the last part of the budget; what
-rows are made of moves on when the answers are right (`data.STAGES`). `--positions learned` and `--positions
-alibi` train the twins.
+rows are made of moves on when the answers are right (`data.STAGES`). Then comes a second, short part on rows as
+long as the context, from the last snapshot on. `--positions learned` and `--positions alibi` train the twins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from data import STAGES, Batch, Rows, collate, more_wordings
 from model import POSITIONS, Decoder, Shape, autocast, to_hugging_face
 from probe import probe
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizer import build
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +36,7 @@ STEPS = 20  # between two looks at the answers; rows are made for as many
 SNAPSHOT = 10_000_000  # tokens between two snapshots
 PROBE = 5_000_000  # tokens between two looks at the dev split
 SAVE = 120  # seconds between two checkpoints
+FAR_RATE = 0.15  # the learning rate of the part on long rows, as a share of --lr
 
 
 @dataclass
@@ -146,13 +147,39 @@ def steps(
         yield seen
 
 
-def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The whole run, from its checkpoint if there is one."""
+@dataclass(frozen=True)
+class Part:
+    """One fall of the learning rate."""
+
+    checkpoint: str
+    until: float  # tokens, all parts together
+    lr: float
+    decay: float  # share of the part's tokens over which the rate falls
+    after: Path | None = None  # snapshot that it begins with
+
+
+def parts(args: argparse.Namespace) -> list[Part]:
+    """The main part, unless its last snapshot is there, and the one on long rows."""
+    last = args.out / f"snapshot-{int(args.millions):04d}.safetensors"
+    main = Part("checkpoint.pt", args.millions * 1e6, args.lr, args.decay)
+    far = Part("checkpoint-far.pt", (args.millions + args.far) * 1e6, FAR_RATE * args.lr, 1.0, last)
+    return [*([] if last.exists() else [main]), *([far] if args.far else [])]
+
+
+def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Part) -> None:
+    """A part of the run, from its checkpoint if there is one."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     decoder = Decoder(Shape(len(tokenizer), args.positions), len(ALL_NAMES)).to(device)
     optims, progress = optimisers(decoder), Progress()
-    checkpoint, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    checkpoint, log_file = args.out / part.checkpoint, args.out / "log.jsonl"
+    if part.after is not None:
+        decoder.load_state_dict(load_file(part.after, device=args.device))
+        lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+        entry = max((e for e in lines if e["stage"] < len(STAGES) - 1), key=lambda e: e["step"])
+        progress = Progress(**{f.name: entry[f.name] for f in fields(Progress)})
+        progress.stage, progress.stage_began = len(STAGES) - 1, progress.tokens
+    began = (progress.step, progress.tokens)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
         decoder.load_state_dict(saved["decoder"])
@@ -163,22 +190,22 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
         kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
         log_file.write_text("".join(kept))  # what was logged after the checkpoint is done again
     compiled = torch.compile(decoder, dynamic=False)
-    budget, last_saved = args.millions * 1_000_000, time.time()
+    last_saved = time.time()
     chunks = Chunks(args.out / "tokenizer", args.seed, args.workers)
 
     def log(**entry: Any) -> None:
         with log_file.open("a") as file:
             file.write(json.dumps({**asdict(progress), **entry}) + "\n")
 
-    while progress.tokens < budget:
+    while progress.tokens < part.until:
         begun, before, stage = time.time(), progress.tokens, STAGES[progress.stage]
         batches = chunks(progress.stage, progress.chunk)
         waited = time.time() - begun
 
         def rate(i: int) -> float:
-            left = max(0.0, 1.0 - before / budget)  # noqa: B023 (called in this round only)
-            falling = left / args.decay if left < args.decay else 1.0
-            return args.lr * min(1.0, (progress.step + i + 1) / 50) * falling
+            left = max(0.0, (part.until - before) / (part.until - began[1]))  # noqa: B023 (this round only)
+            falling = left / part.decay if left < part.decay else 1.0
+            return part.lr * min(1.0, (progress.step + i + 1 - began[0]) / 50) * falling
 
         all_seen = list(steps(decoder, compiled, optims, batches, rate))
         means = {
@@ -194,7 +221,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
         progress.tokens += sum(batch.tokens.numel() for batch in batches)
         progress.chunk += 1
         progress.seconds += time.time() - begun
-        done = progress.tokens >= budget
+        done = progress.tokens >= part.until
         log(waited=round(waited, 2), **{name: round(value, 4) for name, value in means.items()})
         if means["right"] >= stage.enough or progress.tokens - progress.stage_began > stage.at_most * 1e6:
             progress.stage, progress.stage_began = progress.stage + 1, progress.tokens
@@ -219,6 +246,9 @@ def main() -> None:
     parser.add_argument("--positions", choices=POSITIONS, default="rotary", help="the model, or a twin")
     parser.add_argument("--millions", type=float, default=140.0, help="tokens to train on, in millions")
     parser.add_argument("--decay", type=float, default=0.25, help="share of the budget over which lr falls")
+    parser.add_argument(
+        "--far", type=float, default=2.0, help="tokens of the part on long rows, in millions; 0 leaves it out"
+    )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -230,7 +260,8 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         with more_wordings():
             build(9216, args.out / "tokenizer")
-    train(args, PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer"))
+    for part in parts(args):
+        train(args, PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer"), part)
 
 
 if __name__ == "__main__":
