@@ -245,7 +245,7 @@ def test_repetitions_are_supervised_only_when_they_can_be_known(rows):
 
 
 def test_look_ups_have_the_answer_in_the_row(rows, tokenizer):
-    made = [rows.lookup(Draw("test", seed)) for seed in range(20)]
+    made = [rows.lookup(Draw("test", seed), (2, 8)) for seed in range(20)]
     assert sum(row is not None for row in made) > 10
     for row in filter(None, made):  # None: too long
         story = [t for t, block in zip(row.tokens, row.block) if block == 0]
@@ -368,12 +368,15 @@ def test_wordings_of_training_are_not_the_ones_kept_from_it(data):
 
 @pytest.fixture
 def short(monkeypatch, data):
-    """Two stages of rows that are made in a moment."""
+    """Stages of rows that are made in a moment, then a part on longer ones; snapshots by thousand tokens."""
     import train
 
     stages = tuple(dataclasses.replace(stage, batch=4, enough=0.0) for stage in data.STAGES[:2])
     for module in (data, train):
-        monkeypatch.setattr(module, "STAGES", (*stages, dataclasses.replace(stages[1], enough=2.0)))
+        last = dataclasses.replace(stages[1], enough=2.0)
+        monkeypatch.setattr(module, "STAGES", (*stages, last))
+        monkeypatch.setattr(module, "LONG", (dataclasses.replace(last, at_most=0.004, width=160),))
+    monkeypatch.setattr(train, "snapshot", lambda out, n: out / f"snapshot-{int(n) // 1000}.safetensors")
     monkeypatch.setattr(train, "STEPS", 2)
     monkeypatch.setattr(torch, "compile", lambda decoder, **_: decoder)
     monkeypatch.setattr(train, "Chunks", lambda tokenizer, seed, workers: Here(train, tokenizer, seed))
@@ -403,6 +406,7 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(short,
             positions="rotary",
             millions=millions,
             decay=0.25,
+            main_only=False,
             lr=1e-3,
             seed=0,
             device="cpu",
@@ -410,7 +414,7 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(short,
         )
         if after is not None:
             short.SAVE = 0  # a checkpoint after every chunk
-            real, left = short.steps, [after]
+            real, left = short.steps, [0]
 
             def stops(*args):
                 if not left[0]:
@@ -420,22 +424,27 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(short,
 
             short.steps = stops
             try:
-                with pytest.raises(KeyboardInterrupt):
-                    short.train(args, tokenizer)
+                for left[0] in after:
+                    with pytest.raises(KeyboardInterrupt):
+                        short.run(args, tokenizer)
             finally:
                 short.steps, short.SAVE = real, 120
-        short.train(args, tokenizer)
+        short.run(args, tokenizer)
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return torch.load(folder / "checkpoint.pt", weights_only=True)["decoder"], log
+        return torch.load(folder / "checkpoint-long-0.pt", weights_only=True)["decoder"], log
 
     whole, log = run(tmp_path / "whole", 0.004)
-    parts, other = run(tmp_path / "parts", 0.004, after=2)
-    assert len([entry for entry in log if "loss" in entry]) == 5
+    parts, other = run(tmp_path / "parts", 0.004, after=(2, 4, 1))
+    stages = [entry["stage"] for entry in log if "loss" in entry]
+    assert (len(stages), stages.index(3)) == (8, 5)
     assert [(entry["step"], entry["stage"]) for entry in log] == [
         (entry["step"], entry["stage"]) for entry in other
     ]
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    assert [path.name for path in (tmp_path / "whole").glob("snapshot-*")] == ["snapshot-0000.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "whole").glob("snapshot-*")) == [
+        "snapshot-4.safetensors",
+        "snapshot-8.safetensors",
+    ]
 
 
 def test_rows_made_by_other_processes_are_those_made_here(data, tokenizer, tmp_path):

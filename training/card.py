@@ -147,7 +147,7 @@ def by_distance(model: object) -> list[dict[str, Any]]:
 
 def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
     """All numbers of the card, from the model in a folder."""
-    from data import STAGES  # beside this file, which is on the path when it is a script
+    from data import LONG, STAGES  # beside this file, which is on the path when it is a script
 
     model = tt.load_model(folder, device="cpu")
     seen, stories = measured(model, "seen", n)
@@ -168,12 +168,11 @@ def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
         "shortcuts": shortcuts(stories),
         "lookup": lookup(model, 300),
         "by_distance": by_distance(model),
-        "longest_row": max(stage.width for stage in STAGES),
+        "longest_row": max((*STAGES, *LONG)[entry["stage"]].width for entry in log),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
         "tokens": log[-1]["tokens"],
         "steps": log[-1]["step"],
-        "minutes": log[-1]["seconds"] / 60,
         "sizes": {
             name: getattr(model.cfg, name)
             for name in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx")

@@ -90,14 +90,19 @@ STAGES = (
         float("inf"), float("inf"), batch=32, width=192, chant=0.05, lookup=0.12, general=0.14, facts=(3, 12),
         shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, variety=0.4,
     ),
-    Stage(
-        float("inf"), float("inf"), batch=8, width=512, chant=0.1, lookup=0.4, general=0.1, facts=(8, 48),
-        lookups=(8, 46), shapes=(0, 1, 1, 1, 2, 3, 4), second_order=0.3, presence=1, variety=0.4,
+)  # fmt: skip
+"""Looking things up by a name first: short, longer, in sentences. Then stories, second order last."""
+LONG = (
+    replace(
+        STAGES[-1], at_most=2, batch=8, width=512, chant=0.1, lookup=0.4, general=0.1, facts=(8, 48),
+        lookups=(8, 46),
+    ),
+    replace(
+        STAGES[-1], at_most=1, batch=8, width=512, chant=0.25, lookup=0.45, general=0.05, facts=(30, 60),
+        lookups=(20, 48),
     ),
 )  # fmt: skip
-"""Looking things up by a name first: short, longer, in sentences. Then stories, second order last. The very last
-stage comes when the learning rate has fallen: the same with rows as long as the context, half of them look-ups.
-"""
+"""What follows, each for all of its tokens: rows as long as the context, for looking far back."""
 LEXICON = (ALL_NAMES, THINGS, PLACES, ROOMS, CONTENTS, PACKAGES)
 KEPT = frozenset(word for pool in LEXICON for word in pool)
 STORY_WEIGHT, LOOKUP_WEIGHT, TEXT_WEIGHT, PRESENCE_WEIGHT = 0.05, 0.02, 0.3, 0.5

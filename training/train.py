@@ -3,8 +3,9 @@
 On a GPU where there is one, else on the CPU; rows are made by other processes. Seeded, resumable (run the
 same command again), with a log (`log.jsonl`), a checkpoint every two minutes and half-precision snapshots
 along the way. The learning rate warms up, stays, and falls to zero over the last part of the budget; what
-rows are made of moves on when the answers are right (`data.STAGES`). Then comes a second, short part on rows as
-long as the context, from the last snapshot on. `--positions learned` and `--positions alibi` train the twins.
+rows are made of moves on when the answers are right (`data.STAGES`). Then come short parts on rows as long as
+the context (`data.LONG`), each from the last snapshot on, with a learning rate that falls again.
+`--positions learned` and `--positions alibi` train the twins.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import STAGES, Batch, Rows, collate, more_wordings
+from data import LONG, STAGES, Batch, Rows, collate, more_wordings
 from model import POSITIONS, Decoder, Shape, autocast, to_hugging_face
 from probe import probe
 from safetensors.torch import load_file, save_file
@@ -36,7 +37,7 @@ STEPS = 20  # between two looks at the answers; rows are made for as many
 SNAPSHOT = 10_000_000  # tokens between two snapshots
 PROBE = 5_000_000  # tokens between two looks at the dev split
 SAVE = 120  # seconds between two checkpoints
-FAR_RATE = 0.15  # the learning rate of the part on long rows, as a share of --lr
+LONG_RATE = 0.15  # the learning rate of the parts on long rows, as a share of --lr
 
 
 @dataclass
@@ -95,7 +96,7 @@ def made(tokenizer: Path, stage: int, seed: int) -> list[Batch]:
     torch.set_num_threads(1)
     if tokenizer not in _READ:
         _READ[tokenizer] = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-    of, read = STAGES[stage], _READ[tokenizer]
+    of, read = (*STAGES, *LONG)[stage], _READ[tokenizer]
     with more_wordings():
         rows = list(Rows(read, of.width).stream(of, seed, STEPS * of.batch))
     return [
@@ -155,15 +156,24 @@ class Part:
     until: float  # tokens, all parts together
     lr: float
     decay: float  # share of the part's tokens over which the rate falls
+    stage: int = 0  # that it begins with
     after: Path | None = None  # snapshot that it begins with
 
 
 def parts(args: argparse.Namespace) -> list[Part]:
-    """The main part, unless its last snapshot is there, and the one on long rows."""
-    last = args.out / f"snapshot-{int(args.millions):04d}.safetensors"
+    """The main part and those on long rows, from the first on whose last snapshot is not there."""
     main = Part("checkpoint.pt", args.millions * 1e6, args.lr, args.decay)
-    far = Part("checkpoint-far.pt", (args.millions + args.far) * 1e6, FAR_RATE * args.lr, 1.0, last)
-    return [*([] if last.exists() else [main]), *([far] if args.far else [])]
+    found = [main]
+    for i, stage in enumerate(() if args.main_only else LONG):
+        until, lr = found[-1].until + stage.at_most * 1e6, LONG_RATE * args.lr
+        last = snapshot(args.out, found[-1].until)
+        found.append(Part(f"checkpoint-long-{i}.pt", until, lr, 1.0, len(STAGES) + i, last))
+    return [part for part in found if not snapshot(args.out, part.until).exists()]
+
+
+def snapshot(out: Path, tokens: float) -> Path:
+    """Where the weights after so many tokens are."""
+    return out / f"snapshot-{int(tokens) // 1_000_000:04d}.safetensors"
 
 
 def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Part) -> None:
@@ -176,9 +186,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Pa
     if part.after is not None:
         decoder.load_state_dict(load_file(part.after, device=args.device))
         lines = [json.loads(line) for line in log_file.read_text().splitlines()]
-        entry = max((e for e in lines if e["stage"] < len(STAGES) - 1), key=lambda e: e["step"])
+        entry = max((e for e in lines if e["stage"] < part.stage), key=lambda e: e["step"])
         progress = Progress(**{f.name: entry[f.name] for f in fields(Progress)})
-        progress.stage, progress.stage_began = len(STAGES) - 1, progress.tokens
+        progress.stage, progress.stage_began = part.stage, progress.tokens
     began = (progress.step, progress.tokens)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -186,9 +196,9 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Pa
         for optim, values in zip(optims, saved["optims"]):
             optim.load_state_dict(values)
         progress = Progress(**saved["progress"])
-        lines = log_file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= progress.step]
-        log_file.write_text("".join(kept))  # what was logged after the checkpoint is done again
+    logged = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+    kept = [line for line in logged if json.loads(line)["step"] <= progress.step]
+    log_file.write_text("".join(kept))  # what was logged after the checkpoint is done again
     compiled = torch.compile(decoder, dynamic=False)
     last_saved = time.time()
     chunks = Chunks(args.out / "tokenizer", args.seed, args.workers)
@@ -198,7 +208,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Pa
             file.write(json.dumps({**asdict(progress), **entry}) + "\n")
 
     while progress.tokens < part.until:
-        begun, before, stage = time.time(), progress.tokens, STAGES[progress.stage]
+        begun, before, stage = time.time(), progress.tokens, (*STAGES, *LONG)[progress.stage]
         batches = chunks(progress.stage, progress.chunk)
         waited = time.time() - begun
 
@@ -229,7 +239,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Pa
             log(probe=probe(to_hugging_face(decoder, tokenizer).to(device), tokenizer))
         if done or progress.tokens // SNAPSHOT > before // SNAPSHOT:
             half = {name: p.half().cpu() for name, p in decoder.state_dict().items()}
-            save_file(half, args.out / f"snapshot-{progress.tokens // 1_000_000:04d}.safetensors")
+            save_file(half, snapshot(args.out, progress.tokens))
         if done or time.time() - last_saved > SAVE:
             last_saved, partial = time.time(), checkpoint.with_suffix(".tmp")
             states = [optim.state_dict() for optim in optims]
@@ -240,15 +250,19 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Pa
     chunks.close()
 
 
+def run(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
+    """All parts that are not finished."""
+    for part in parts(args):
+        train(args, tokenizer, part)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--positions", choices=POSITIONS, default="rotary", help="the model, or a twin")
     parser.add_argument("--millions", type=float, default=140.0, help="tokens to train on, in millions")
     parser.add_argument("--decay", type=float, default=0.25, help="share of the budget over which lr falls")
-    parser.add_argument(
-        "--far", type=float, default=2.0, help="tokens of the part on long rows, in millions; 0 leaves it out"
-    )
+    parser.add_argument("--main-only", action="store_true", help="leave out the parts on long rows")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -260,8 +274,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         with more_wordings():
             build(9216, args.out / "tokenizer")
-    for part in parts(args):
-        train(args, PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer"), part)
+    run(args, PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer"))
 
 
 if __name__ == "__main__":
