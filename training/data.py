@@ -98,8 +98,8 @@ LONG = (
         lookups=(8, 46),
     ),
     replace(
-        STAGES[-1], at_most=1, batch=8, width=512, chant=0.25, lookup=0.45, general=0.05, facts=(30, 60),
-        lookups=(20, 48),
+        STAGES[-1], at_most=1, batch=8, width=512, chant=0.3, lookup=0.4, general=0.05, facts=(40, 80),
+        lookups=(30, 76),
     ),
 )  # fmt: skip
 """What follows, each for all of its tokens: rows as long as the context, for looking far back."""
