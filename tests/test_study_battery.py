@@ -12,7 +12,7 @@ import torch
 
 import tl_tomsparse as tt
 from tests import tiny
-from tl_tomsparse import _study_battery
+from tl_tomsparse import _study_battery, localisation
 from tl_tomsparse._battery_claims import battery_claims, changes_of
 from tl_tomsparse._intervals import ClusterBootstrap
 from tl_tomsparse._model import view
@@ -211,11 +211,17 @@ def test_blind_queries_are_found_and_no_change_is_not(tmp_path: Path) -> None:
         arms = [Arm("before", None, None), Arm("mask", None, mask[1]), Arm("general_only", None, edits[1])]
         arms += [Arm("random_matrix", seed, None) for seed in range(N_RANDOM)]
         section = battery_section(arms, [before, mask[0], same, *[random] * N_RANDOM], SETTINGS)
-        found = {claim.claim: claim.status for claim in section.claims}
-        assert found == {
-            "key_value_falls": falls, "induction_falls": falls,
-            "prose_stays": stays, "patterns_stays": stays,
-        }  # fmt: skip
+        found = {claim.claim: claim for claim in section.claims}
+        assert [found[name].status for name in ("key_value_falls", "prose_stays", "patterns_stays")] == [
+            falls, stays, stays,
+        ]  # fmt: skip
+        assert (found["induction_falls"].value < -0.1) == (falls == "supported")  # few items of what is hard
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's context is long."""
+    monkeypatch.setattr(localisation, "_LONGEST", 128)
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +241,12 @@ def test_what_is_finished_is_read_again_and_what_has_changed_is_not(
 ) -> None:
     model, masks, settings = small
     measured: list[str] = []
+    stops = ["stopped"]
     measure = _study_battery._measure
 
     def counted(model: Any, prepared: Any, arm: Arm) -> pd.DataFrame:
-        if len(measured) == 3 and arm.seed == 3:
-            measured.append("stopped")
+        if stops and arm.seed == 3:
+            measured.append(stops.pop())
             raise KeyboardInterrupt
         measured.append(arm.family)
         return measure(model, prepared, arm)
@@ -260,21 +267,17 @@ def test_what_is_finished_is_read_again_and_what_has_changed_is_not(
     (tmp_path / "battery_general_only.parquet").write_bytes(b"PAR1 cut off")
     other = {**masks, "mask": masks["mask"].random_like(9)}
     study_battery(model, other, settings, tmp_path, show_progress=False)
-    assert measured[9:] == ["mask", "general_only", *["random_matrix"] * 5]  # these are drawn like the mask
+    # Random masks of the same size are the same masks.
+    assert measured[9:] == ["mask", "general_only"]
     del measured[:]
     changed = tt.StudySettings(**{**vars(settings), "localisation_items": 1})
     study_battery(model, other, changed, tmp_path, show_progress=False)
     assert len(measured) == 8
     elsewhere = tt.load_model(tiny.long_directory("neox"), device="cpu")
-    key = (0, "Q")
-    weights = tt.SparseMask.from_bool(elsewhere, {key: torch.ones(view(elsewhere).shape(key)).bool()})
-    study_battery(
-        elsewhere,
-        {"mask": weights.random_like(0), "general_only": weights & weights},
-        changed,
-        tmp_path,
-        False,
-    )
+    one = torch.zeros(view(elsewhere).shape((0, "Q")), dtype=torch.bool)
+    one[0, 0, 0] = True
+    mask = tt.SparseMask.from_bool(elsewhere, {(0, "Q"): one})
+    study_battery(elsewhere, {"mask": mask, "general_only": mask}, changed, tmp_path, False)
     assert len(measured) == 16
 
 
