@@ -19,6 +19,7 @@ from tl_tomsparse._model import view
 from tl_tomsparse._study_arms import Arm, make_arms
 from tl_tomsparse._study_battery import _TASKS, battery_section, measure_arms, study_battery
 from tl_tomsparse.edit import SparseEdit
+from tl_tomsparse.study_report import _localisation
 
 SETTINGS = tt.StudySettings(n_draws=2000)
 DISTANCES, GROUPS, WINDOWS = ("16", "32", "64"), 40, 30
@@ -341,6 +342,12 @@ def test_the_figure_holds_the_scores(small: Any, tmp_path: Path) -> None:
         for x, y, (low, high) in zip(some[0].x, some[0].y, some[0].customdata, strict=True):
             seeds = random[random.subset == str(x)].score
             assert (y, low, high) == (pytest.approx(seeds.mean()), seeds.min(), seeds.max())
+    page = _localisation(section.scores)
+    found = section.scores[section.scores.family == "random_matrix"]
+    recall = found[found.task == "key_value"].groupby("seed").score.mean()
+    assert f"<td>{recall.mean():.4g}<small>range {recall.min():.4g} to {recall.max():.4g}</small>" in page
+    prose = section.scores[(section.scores.family == "mask") & (section.scores.subset == "prose")].iloc[0]
+    assert f"<td>{prose.score:.4g}<small>95 % {prose.low:.4g} to {prose.high:.4g}</small>" in page
     assert {axis.type for axis in (figure.layout.xaxis, figure.layout.xaxis2)} == {"log"}
     assert np.allclose([shape.y0 for shape in figure.layout.shapes], 0.25)
     with pytest.raises(tt.TomsparseError, match="Not asked"):

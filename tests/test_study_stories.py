@@ -188,8 +188,8 @@ def without(split: str) -> Callable[[Stories], Any]:
     return change
 
 
-def first(split: str, **fields: Any) -> Callable[[Stories], Any]:
-    return lambda own: own[split].__setitem__(0, replace(own[split][0], **fields))
+def first(of: str, **fields: Any) -> Callable[[Stories], Any]:
+    return lambda own: own[of].__setitem__(0, replace(own[of][0], **fields))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def study_battery(
             model,
             tasks=_TASKS,
             n_localisation=settings.localisation_items,
-            n_windows=max(_FEWEST_WINDOWS, settings.windows // 4),
+            n_windows=max(_FEWEST_WINDOWS, settings.windows // 8),
             seed=settings.seed,
             prepend_bos=settings.prepend_bos,
         )

@@ -20,7 +20,8 @@ class StudySettings:
         dev_stories: stories on which kappa is chosen.
         test_stories: held-out stories; a quarter as many photographs and half of that key-value facts join
             them.
-        windows: text windows of the general sensitivity; a quarter as many (at least 10) for perplexity.
+        windows: text windows of the general sensitivity; a quarter as many (at least 10) for perplexity, and
+            an eighth of prose and of patterns beside localisation.
         length: tokens of a window.
         text: files of real text, cut into three parts; none for generated text.
         kappa: sparsity of all masks; None chooses it on dev stories.
@@ -48,7 +49,7 @@ class StudySettings:
     random_masks: int = 20
     tune_steps: int = 100
     head_stories: int = 6
-    localisation_items: int = 30
+    localisation_items: int = 20
     seed: int = 0
     prepend_bos: bool = True
     accuracy_margin: float = 0.05

@@ -25,10 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_tomsparse._artifacts import (
-    write_bytes,
-    write_json,
-)
+from tl_tomsparse._artifacts import write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
 from tl_tomsparse._model import view
@@ -142,8 +139,8 @@ def study(
     Raises:
         TomsparseError: settings that cannot be met; stories without a false-belief question in each split,
             in fewer than eight groups of train, of the wrong split, or with an id, a group or a text in two
-            splits; several processes without `load`, a folder of another
-            study, a model that cannot be used, a full disk.
+            splits; several processes without `load`, a folder of another study, a model that cannot be used,
+            a full disk.
     """
     from tl_tomsparse.study_report import write_study_page
 

@@ -149,25 +149,31 @@ def _battery(study: Study, figures: Figures) -> list[str]:
         "distances together, and ratios of perplexities; intervals are 95 % and draw items that share their "
         "facts, or windows of text, again together.</p>",
         figures.add(plot.study_localisation(study), width=_WIDE),
-        _kinds_of_text(section.scores),
+        _localisation(section.scores),
     ]
 
 
-def _kinds_of_text(scores: pd.DataFrame) -> str:
-    """Perplexities by arm; of random masks the mean and the range."""
-    table = scores[scores.task == "perplexity"]
-    kinds = list(table.subset.unique())
+def _localisation(scores: pd.DataFrame) -> str:
+    """Accuracy over all distances and perplexity by arm; of random masks the mean and the range."""
+    names = {"key_value": "key-value recall", "induction": "induction"}
+    scores = scores.assign(column=scores.task.map(names).fillna("perplexity of " + scores.subset))
+    # Every distance has as many items.
+    arms = scores.fillna({"seed": -1}).groupby(["family", "seed", "column"], sort=False)
+    table = arms[["score", "low", "high"]].mean().reset_index()
+    columns = list(table.column.unique())
     rows = []
     for family, some in table.groupby("family", sort=False):
         cells = ""
-        for kind in kinds:
-            found = some[some.subset == kind]
-            several = len(found) > 1
-            low, high = (found.score.min(), found.score.max()) if several else found[["low", "high"]].iloc[0]
-            how = "range" if several else "95 %"
-            cells += f"<td>{found.score.mean():.4g}<small>{how} {low:.4g} to {high:.4g}</small></td>"
+        for column in columns:
+            found = some[some.column == column]
+            note = ""
+            if len(found) > 1:
+                note = f"range {found.score.min():.4g} to {found.score.max():.4g}"
+            elif column.startswith("perplexity"):
+                note = f"95 % {found.low.item():.4g} to {found.high.item():.4g}"
+            cells += f"<td>{found.score.mean():.4g}<small>{note}</small></td>"
         rows.append(f"<tr><td>{escape(label(str(family)))}</td>{cells}</tr>")
-    return html_table("<th>perplexity</th>" + "".join(f"<th>{escape(kind)}</th>" for kind in kinds), rows)
+    return html_table("<th>edit</th>" + "".join(f"<th>{escape(column)}</th>" for column in columns), rows)
 
 
 def _losses(study: Study) -> str:
