@@ -11,7 +11,7 @@ from scipy.stats import beta
 import tl_tomsparse as tt
 from tests import oracles, tiny
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse.battery import TASKS, _table
+from tl_tomsparse.battery import TASKS, score_table
 
 SMALL = {"n": 6, "n_localisation": 3, "n_windows": 3, "distances": (64, 128)}
 
@@ -174,7 +174,7 @@ def test_the_gate_says_what_is_not_above_chance():
         ):
             rows.append(("belief", subset, "accuracy", f"{i}", f"{i}", value, 1.0, np.nan, chance))
     columns = "task subset measure item group value weight margin chance".split()
-    table = _table(pd.DataFrame(rows, columns=columns), seed=0).set_index("subset")
+    table = score_table(pd.DataFrame(rows, columns=columns), seed=0).set_index("subset")
     assert table.above_chance.to_dict() == {
         "false_belief": False,
         "true_belief": True,
@@ -200,7 +200,7 @@ def test_the_interval_of_a_perplexity_draws_windows():
             "chance": np.nan,
         }
     )
-    row = _table(items, seed=0).iloc[0]
+    row = score_table(items, seed=0).iloc[0]
     assert row.score == pytest.approx(np.exp(nll.sum() / 500))
     draws = np.random.default_rng(1).choice(nll, (20_000, 5)).mean(1) / 100
     assert row.low == pytest.approx(np.exp(np.quantile(draws, 0.025)), rel=0.03)

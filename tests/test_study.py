@@ -43,6 +43,7 @@ def evidence(
     halves: Overlap | None = None,
     loss: tuple[float, float] = (0.5, 0.45),
     n_stories: int = 200,
+    left_out: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The claims where every family has the rates of the unedited model, but those that are given."""
     planted = Planted(n_stories=n_stories)
@@ -59,6 +60,7 @@ def evidence(
         if n == 1
         else [planted.point(usual | given.get(name, {})) for _ in range(n)]
         for name, n in families.items()
+        if name not in (left_out or {})
     }
     compare = Comparer(planted.scoring, planted.text, points, n_draws=2000, seed=0)
     as_effect = {"before": points["before"], "mask": points["mask"], "random": points["random_matrix"]}
@@ -79,6 +81,7 @@ def evidence(
             dict.fromkeys(families, 40),
             2000,
             0,
+            left_out or {},
         )
     )
     assert all(claim.sentence.endswith(".") and "nan" not in claim.sentence for claim in claims)
@@ -207,7 +210,7 @@ def test_parts_of_a_mask_are_the_most_sensitive_or_random_entries() -> None:
 
 SMALL = tt.StudySettings(
     stories=16, dev_stories=2, test_stories=4, windows=10, length=48, random_masks=1, tune_steps=2,
-    kappa=0.02, n_draws=200, head_stories=1,
+    kappa=0.02, n_draws=200, head_stories=1, localisation_items=1,
 )  # fmt: skip
 
 
@@ -265,9 +268,11 @@ def test_a_finished_study_is_read_again_as_it_was(finished: tuple[tt.Study, Path
         for name in ("tune", "loss_change"):
             patch.setattr(_study_measure, name, never)
         patch.setattr(tt.SparseEdit, "applied", never)
+        patch.setattr(tt.PreparedBattery, "measure", never)
         again = tt.study(model, out, SMALL, show_progress=False)
     assert str(again.claims) == str(study.claims)
     assert again.arms.equals(study.arms)
+    assert str(again.battery.claims) == str(study.battery.claims)
     with pytest.raises(tt.TomsparseError, match="holds another run"):
         tt.study(model, out, tt.StudySettings().quick(), show_progress=False)
 
@@ -290,6 +295,13 @@ def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> N
     assert "Effect of each head" in page
     assert (out / "heads_test.safetensors").exists()
     assert all(claim.sentence in html.unescape(page) for claim in study.heads.claims)
+    assert [claim["claim"] for claim in stored["battery"]] == [
+        "key_value_falls", "induction_falls", "prose_stays", "patterns_stays",
+    ]  # fmt: skip
+    assert {claim.status for claim in study.battery.claims[:2]} == {"not testable"}
+    assert all(claim.sentence in html.unescape(page) for claim in study.battery.claims)
+    changes = pd.read_parquet(out / "localisation_changes.parquet")
+    pd.testing.assert_frame_equal(changes, study.battery.changes)
 
 
 def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._plot_style import GREY
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from tl_tomsparse.study import Study
 
-_RED, _BLUE, _ORANGE = "#c0392b", "#2471a3", "#d68910"
+_RED, _BLUE, _ORANGE, _BLACK = "#c0392b", "#2471a3", "#d68910", "#17202a"
 _PANELS = ("false_belief", "true_belief", "perplexity")
 
 
@@ -145,13 +146,83 @@ def study_doses(study: Study) -> go.Figure:
     figure.update_xaxes(title="share", row=1, col=2)
     figure.update_yaxes(range=[-0.02, 1.05])
     figure.update_yaxes(title="false-belief accuracy", row=1, col=1)
-    figure.update_layout(
-        template="plotly_white",
-        height=380,
-        margin={"l": 10, "r": 10, "t": 40, "b": 30},
-        legend={"orientation": "h", "y": -0.25},
+    return _with_legend_below(figure)
+
+
+def study_localisation(study: Study) -> go.Figure:
+    """Key-value recall and induction by distance, unedited, under the mask, general text alone, random masks.
+
+    Intervals are exact binomial ones, the band is the range of random masks over seeds around their mean,
+    and dotted lines are chance.
+
+    Raises:
+        TomsparseError: the study has no such section.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    if study.battery.obstacle is not None:
+        raise TomsparseError(f"The study did not measure localisation. {study.battery.obstacle}")
+    tasks = {"key_value": "key-value recall", "induction": "induction"}
+    figure = make_subplots(
+        cols=2, subplot_titles=list(tasks.values()), shared_yaxes=True, horizontal_spacing=0.06
     )
-    return figure
+    table = study.battery.scores
+    table = table[table.task.isin(tasks)].assign(distance=lambda rows: rows.subset.astype(int))
+    lines = {"random_matrix": GREY, "general_only": _BLUE, "mask": _RED, "before": _BLACK}
+    for column, task in enumerate(tasks, start=1):
+        for family, colour in lines.items():
+            rows = table[(table.task == task) & (table.family == family)].groupby("distance")
+            several = family == "random_matrix"
+            y = rows.score.mean()
+            low, high = (rows.score.min(), rows.score.max()) if several else (rows.low.min(), rows.high.max())
+            name = {"before": "unedited", "random_matrix": "random masks"}.get(family, label(family))
+            if several:
+                figure.add_trace(
+                    go.Scatter(
+                        x=[*y.index, *y.index[::-1]],
+                        y=[*high, *low[::-1]],
+                        fill="toself",
+                        fillcolor="rgba(149, 165, 166, 0.25)",
+                        line={"width": 0},
+                        hoverinfo="skip",
+                        showlegend=False,
+                    ),
+                    row=1,
+                    col=column,
+                )
+            figure.add_trace(
+                go.Scatter(
+                    x=list(y.index),
+                    y=list(y),
+                    name=name,
+                    legendgroup=name,
+                    showlegend=column == 1,
+                    mode="lines+markers",
+                    line={"color": colour},
+                    error_y=None
+                    if several
+                    else {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": list(high - y),
+                        "arrayminus": list(y - low),
+                        "thickness": 1,
+                    },
+                    customdata=np.stack([low, high], axis=1),
+                    hovertemplate=f"{name}, %{{x}} tokens: %{{y:.3f}} (%{{customdata[0]:.3f}} to "
+                    "%{customdata[1]:.3f})<extra></extra>",
+                ),
+                row=1,
+                col=column,
+            )
+        some = table[table.task == task]
+        figure.add_hline(y=float(some.chance.iloc[0]), line={"dash": "dot", "color": GREY}, row=1, col=column)
+        ticks = sorted(some.distance.unique())
+        figure.update_xaxes(type="log", tickvals=ticks, title="distance, tokens", row=1, col=column)
+    figure.update_yaxes(range=[-0.02, 1.05])
+    figure.update_yaxes(title="accuracy", row=1, col=1)
+    return _with_legend_below(figure)
 
 
 def study_overlaps(study: Study) -> go.Figure:
@@ -222,6 +293,15 @@ def label(family: str) -> str:
             inner = words.get(f"{prefix}_{base}", f"{prefix}: {base}")
             return f"{inner}, random weights" if base != rest else inner
     return family.replace("_", " ")
+
+
+def _with_legend_below(figure: go.Figure) -> go.Figure:
+    return figure.update_layout(
+        template="plotly_white",
+        height=380,
+        margin={"l": 10, "r": 10, "t": 40, "b": 30},
+        legend={"orientation": "h", "y": -0.25},
+    )
 
 
 def _colour(family: str) -> str:

@@ -120,17 +120,21 @@ class PointMeter:
         }
 
     def _key(self, what: SparseMask | SparseEdit | None) -> str:
-        digest = hashlib.blake2b(self._base.encode(), digest_size=16)
-        if what is not None and len(what):
-            mask = what if isinstance(what, SparseMask) else what.mask
-            if isinstance(what, SparseMask):
-                digest.update(self.operator.encode())
-            for key in sorted(key for key, index in mask.entries.items() if len(index)):
-                digest.update(f"{key} {len(mask.entries[key])}".encode())
-                digest.update(mask.entries[key].cpu().numpy().astype("<i8").tobytes())
-                if isinstance(what, SparseEdit):
-                    digest.update(what.after[key].double().numpy().tobytes())
-        return digest.hexdigest()
+        operator = self.operator if isinstance(what, SparseMask) and len(what) else ""
+        return edit_key(f"{self._base}{operator}", what)
+
+
+def edit_key(base: str, what: SparseMask | SparseEdit | None) -> str:
+    """A digest of `base`, entries, and what they become (of a mask: entries alone); empty ones are none."""
+    digest = hashlib.blake2b(base.encode(), digest_size=16)
+    if what is not None and len(what):
+        mask = what if isinstance(what, SparseMask) else what.mask
+        for key in sorted(key for key, index in mask.entries.items() if len(index)):
+            digest.update(f"{key} {len(mask.entries[key])}".encode())
+            digest.update(mask.entries[key].cpu().numpy().astype("<i8").tobytes())
+            if isinstance(what, SparseEdit):
+                digest.update(what.after[key].double().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(record: Mapping[str, Any]) -> Point:

@@ -28,7 +28,7 @@ from tl_tomsparse.ranking import top_fraction
 from tl_tomsparse.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
-    from tl_tomsparse.study import StudySettings
+    from tl_tomsparse._study_settings import StudySettings
 
 MATCHES: tuple[Match, ...] = get_args(Match)
 SHARES = (0.25, 0.5, 0.75)
@@ -61,6 +61,18 @@ def matches_for(model: Any, mask: SparseMask) -> tuple[Match, ...]:
     used = [key for key, index in mask.entries.items() if len(index)]
     turned = all(matrix in ("Q", "K") and layer in rotated for layer, matrix in used)
     return tuple(match for match in MATCHES if match != "pair" or turned)
+
+
+def main_arms(model: Any, masks: Mapping[str, SparseMask], settings: StudySettings) -> list[Arm]:
+    """The few arms of what takes long: no edit, the mask, general text alone, the first random masks."""
+    edit = SparseEdit.mean(model, masks["mask"])
+    seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
+    return [
+        Arm("before", None, None),
+        Arm("mask", None, edit),
+        Arm("general_only", None, edit.on(model, masks["general_only"])),
+        *(Arm("random_matrix", seed, edit.on(model, masks["mask"].random_like(seed))) for seed in seeds),
+    ]
 
 
 def make_arms(

@@ -19,7 +19,7 @@ arXiv 2504.04238 stands; "not asked" where it has no such control.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -40,6 +40,9 @@ PAPER = {
     "perplexity_stays": "says that language understanding suffers",
     "dose": "shows a sweep",
     "diagonal_predicts": "assumes it",
+    "key_value_falls": "says that contextual localisation suffers",
+    "induction_falls": "says that contextual localisation suffers",
+    "prose_stays": "says that language understanding suffers",
 }
 _NAMES = {
     "random_total": "random masks of equal size over all matrices",
@@ -87,6 +90,7 @@ class Evidence:
     sizes: Mapping[str, int]
     n_draws: int
     seed: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def claims_of(evidence: Evidence) -> list[StudyClaim]:
@@ -100,19 +104,15 @@ def claims_of(evidence: Evidence) -> list[StudyClaim]:
     out = []
     for claim in (gate, *decide(tests)):
         estimate = estimates.get(claim.claim, maker.of_effect(claim.claim))
-        out.append(
-            StudyClaim(
-                claim.claim,
-                claim.status,
-                claim.sentence,
-                claim.p,
-                estimate.value,
-                estimate.low,
-                estimate.high,
-                PAPER.get(claim.claim, "not asked"),
-            )
-        )
+        out.append(with_evidence(claim, estimate))
     return out
+
+
+def with_evidence(claim: Claim, estimate: Estimate) -> StudyClaim:
+    """A claim with the estimate that it is read off, and the paper's stand."""
+    paper = PAPER.get(claim.claim, "not asked")
+    interval = estimate.value, estimate.low, estimate.high
+    return StudyClaim(claim.claim, claim.status, claim.sentence, claim.p, *interval, paper)
 
 
 _NONE = Estimate(float("nan"), float("nan"), float("nan"), np.zeros(0))
@@ -151,6 +151,8 @@ class _Maker:
         if self.gate.status != "supported":
             return f"nothing can be damaged: {self.gate.sentence}"
         for family in families:
+            if family in self.evidence.left_out:
+                return self.evidence.left_out[family]
             if family not in self.compare.points:
                 return f"{family.replace('_', ' ')} was not measured for this model."
             if not self.evidence.sizes.get(family, 1):
@@ -177,7 +179,7 @@ class _Maker:
             mask, other = (self.compare.accuracy(name, "false_belief").mean() for name in ("mask", family))
             return (
                 f"False-belief accuracy {falls} than under {what}: {percent(mask)} against "
-                f"{percent(other)} ({_points(found)})."
+                f"{percent(other)} ({points(found)})."
             )
 
         return sentence
@@ -217,7 +219,7 @@ class _Maker:
     def _selective(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls more" if yes else "is not shown to fall more"
-            return f"False belief {how} than true belief ({_points(found)})."
+            return f"False belief {how} than true belief ({points(found)})."
 
         return self._test(
             "selective",
@@ -233,7 +235,7 @@ class _Maker:
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls" if yes else "is not shown to fall"
-            return f"False-belief accuracy {how} with each doubling of kappa ({_points(found)})."
+            return f"False-belief accuracy {how} with each doubling of kappa ({points(found)})."
 
         return self._test(
             "dose",
@@ -248,7 +250,7 @@ class _Maker:
             how = "gives back more" if yes else "is not shown to give back more"
             return (
                 f"Leaving the most sensitive half of the mask as it is {how} than leaving a random half "
-                f"({_points(found)})."
+                f"({points(found)})."
             )
 
         return self._test(
@@ -282,7 +284,7 @@ class _Maker:
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "lowers" if yes else "is not shown to lower"
-            return f"The mask made from {of} stories {how} false belief in {to} stories ({_points(found)})."
+            return f"The mask made from {of} stories {how} false belief in {to} stories ({points(found)})."
 
         return self._test(
             name, (of,), lambda: self.compare.change(of, "before", measure), Estimate.p_below, sentence
@@ -313,7 +315,7 @@ class _Maker:
     def _amplify(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "raises" if yes else "is not shown to raise"
-            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({_points(found)})."
+            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({points(found)})."
 
         return self._test(
             "amplifying_helps",
@@ -330,7 +332,7 @@ class _Maker:
             before, tuned, random = map(percent, rates)
             return (
                 f"Training the masked weights alone {how} than training random ones: false belief {before} "
-                f"before, {tuned} and {random} ({_points(found)})."
+                f"before, {tuned} and {random} ({points(found)})."
             )
 
         return self._test(
@@ -345,6 +347,7 @@ class _Maker:
 _TUNED = ("before", "tuned", "tuned_random")
 
 
-def _points(found: Estimate) -> str:
+def points(found: Estimate) -> str:
+    """A difference of accuracies as it is written in sentences."""
     value, low, high = (f"{100 * number:+.1f}" for number in (found.value, found.low, found.high))
     return f"difference {value} points, 95 % interval {low} to {high}"

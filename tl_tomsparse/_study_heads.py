@@ -11,23 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._study_stories import BELIEFS, Stories, belief_stories
 from tl_tomsparse.head_protocol import heads_and_mask
 from tl_tomsparse.heads import KnockoutMeter
 from tl_tomsparse.locate import locate_heads
 from tl_tomsparse.mask import SparseMask
-from tl_tomsparse.stories import generate_stories
-from tl_tomsparse.stories.story import Category
 from tl_tomsparse.verdict import Claim
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tl_tomsparse.study import StudySettings
-
-_BELIEFS: tuple[Category, ...] = (
-    "false_belief",
-    "true_belief",
-)  # both: a mere bias gains in the one what it loses in the other
+    from tl_tomsparse._study_settings import StudySettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +42,12 @@ class HeadSection:
 
 
 def study_heads(
-    model: Any, mask: SparseMask, settings: StudySettings, out: Path, show_progress: bool
+    model: Any,
+    mask: SparseMask,
+    settings: StudySettings,
+    own: Stories | None,
+    out: Path,
+    show_progress: bool,
 ) -> HeadSection:
     """Find heads, measure them, and cross them with the mask."""
     from tl_tomsparse import plot
@@ -60,8 +59,8 @@ def study_heads(
         for split in ("dev", "test"):
             meters[split] = KnockoutMeter(
                 model,
-                generate_stories(settings.head_stories, seed=settings.seed + 5, split=split),
-                categories=_BELIEFS,
+                belief_stories(settings, split, own),
+                categories=BELIEFS,
                 prepend_bos=settings.prepend_bos,
                 checkpoint=out / f"heads_{split}.safetensors",
                 show_progress=show_progress,

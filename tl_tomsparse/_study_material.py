@@ -6,7 +6,7 @@ Every sensitivity is a file of the study's folder as soon as it is finished, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from hashlib import blake2b
 from pathlib import Path
@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._material import general_texts
 from tl_tomsparse._prepared import PreparedScoring, PreparedText, prepare_scoring, prepare_text
-from tl_tomsparse.localisation import key_value_stories
+from tl_tomsparse._study_stories import CHUNKS, Stories, facts, generated_set, own_set, parts
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import rank_entries, top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
 from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
-from tl_tomsparse.stories import Story, generate_photographs, generate_stories, generate_texts, relabelled
+from tl_tomsparse.stories import Story, generate_texts, relabelled
 
 if TYPE_CHECKING:
-    from tl_tomsparse.study import StudySettings
+    from tl_tomsparse._study_settings import StudySettings
 
-CHUNKS = 8  # parts of the task's samples, whose sensitivities give halves, quarters and eighths
 OTHER_TASKS = (
     "true_belief",
     "reality",
@@ -50,6 +49,7 @@ class Material:
         scoring: held-out questions of all kinds.
         text: held-out text.
         answers: held-out false-belief questions with their answers, for the loss.
+        left_out: controls that the stories do not give, and why.
         digest: of all of it.
     """
 
@@ -60,15 +60,14 @@ class Material:
     scoring: PreparedScoring
     text: PreparedText
     answers: Samples
+    left_out: Mapping[str, str]
     digest: str
 
 
-def make_material(model: Any, settings: StudySettings) -> Material:
+def make_material(model: Any, settings: StudySettings, own: Stories | None = None) -> Material:
     """Everything that is measured, made and refused before the long work begins."""
     seed, bos = settings.seed, settings.prepend_bos
-
-    def stories(n: int, split: str, **options: Any) -> list[Story]:
-        return generate_stories(n, **{"seed": seed, "split": split, **options})
+    stories = generated_set(model, settings) if own is None else own_set(own)
 
     def some(of: list[Story], *categories: str, **options: Any) -> Samples:
         return story_samples(model, of, categories=categories, prepend_bos=bos, **options)
@@ -78,64 +77,38 @@ def make_material(model: Any, settings: StudySettings) -> Material:
     def windows(n: int, split: str) -> Samples:
         return text_samples(model, texts[split], n=n, length=settings.length, prepend_bos=bos, seed=seed)
 
-    n = settings.stories
-    task = stories(n, "train", conditions=("false_belief",))
-    mixed = stories(n, "train")
-    # Whole stories, and twins together, so that halves share nothing.
-    parts = [[s for j, s in enumerate(task) if j // 2 % CHUNKS == i] for i in range(CHUNKS)]
-    tasks = {f"part_{i}": some(part, "false_belief") for i, part in enumerate(parts)}
+    task = stories.task
+    tasks = {f"part_{i}": some(part, "false_belief") for i, part in enumerate(parts(task))}
     n_samples = sum(map(len, tasks.values()))
     tasks["general"] = windows(settings.windows, "train")
-    for name in ("true_belief", "reality", "memory", "second_order"):
-        tasks[name] = some(mixed, name)
-    tasks["false_photograph"] = some(generate_photographs(n, seed=seed), "false_photograph")
-    tasks["key_value"] = some(_facts(model, n, seed, "train"), "other")
+    tasks |= {name: some(of, category) for name, (of, category) in stories.others.items()}
+    tasks["key_value"] = some(facts(model, settings.stories, seed, "train"), "other")
     counting = generate_texts(2 * n_samples, seed=seed, split="train", kinds=("counting",))
     tasks["counting"] = text_samples(model, counting, length=settings.length, prepend_bos=bos, seed=seed)
     tasks["wrong_labels"] = some(relabelled(task, "wrong", seed=seed), "false_belief")
     tasks["shuffled_labels"] = some(relabelled(task, "shuffled", seed=seed), "false_belief")
     tasks["last_token"] = some(task, "false_belief", supervise="last_token")
-    others = stories(n, "train", conditions=("false_belief",), seed=seed + 1)
-    tasks["other_stories"] = some(others, "false_belief")
-    for scenario in ("transfer", "contents"):
-        only = stories(n, "train", conditions=("false_belief",), scenarios=(scenario,))
-        tasks[scenario] = some(only, "false_belief")
-    tasks["new_wording"] = some(
-        stories(n, "train", conditions=("false_belief",), wording="new"), "false_belief"
-    )
     tasks = {name: samples[: min(len(samples), n_samples)] for name, samples in tasks.items()}
-    test = stories(settings.test_stories, "test")
-    few = max(1, settings.test_stories // 4)
-    held_out = [
-        *test,
-        *(
-            replace(s, id=f"photograph-{s.id}", group=f"photograph-{s.group or s.id}")
-            for s in generate_photographs(few, seed=seed, split="test")
-        ),
-        *_facts(model, max(2, few // 2), seed, "test"),
-    ]
-    scoring = prepare_scoring(model, held_out, prepend_bos=bos, pack=True)
+    scoring = prepare_scoring(model, [*stories.test, *stories.beside], prepend_bos=bos, pack=True)
     text = prepare_text(model, windows(max(10, settings.windows // 4), "test"))
-    dev, dev_text = (
-        stories(settings.dev_stories, "dev"),
-        windows(max(10, settings.windows // 4) // 2, "dev"),
-    )
-    answers = some(test, "false_belief")
+    dev_text = windows(max(10, settings.windows // 4) // 2, "dev")
+    answers = some(stories.test, "false_belief")
     digest = blake2b(digest_size=16)
     for samples in (*tasks.values(), dev_text, answers):
         digest.update(prepare_text(model, samples).reads.digest.encode())
-    dev_digest = prepare_scoring(model, dev, prepend_bos=bos, pack=True).digest
+    dev_digest = prepare_scoring(model, stories.dev, prepend_bos=bos, pack=True).digest
     digest.update(f"{dev_digest} {scoring.digest} {text.reads.digest}".encode())
     return Material(
-        tasks, some(task, "false_belief"), dev, dev_text, scoring, text, answers, digest.hexdigest()
+        tasks,
+        some(task, "false_belief"),
+        stories.dev,
+        dev_text,
+        scoring,
+        text,
+        answers,
+        stories.left_out,
+        digest.hexdigest(),
     )
-
-
-def _facts(model: Any, n: int, seed: int, split: str) -> list[Story]:
-    """About n look-ups, at the two shortest distances that the tokenizer has room for."""
-    made = key_value_stories(model, -(-n // 2), seed=seed, split=split)
-    shortest = sorted({int(story.condition) for story in made})[:2]
-    return [story for story in made if int(story.condition) in shortest]
 
 
 def make_sensitivities(
@@ -189,6 +162,8 @@ def make_masks(sensitivities: Mapping[str, Sensitivity], kappa: float) -> dict[s
     masks = {"mask": task - general, "general_only": general}
     masks["lowest"] = lowest(sensitivities["task"], masks["mask"])
     for name in (*OTHER_TASKS, *OTHER_LABELS, *OTHER_STORIES):
+        if name not in sensitivities:  # one's own stories do not give all of them
+            continue
         masks[name] = top_fraction(sensitivities[name], kappa) - general
     return masks
 

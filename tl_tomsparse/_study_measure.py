@@ -14,7 +14,8 @@ from tl_tomsparse._artifacts import read_safetensors, write_safetensors
 from tl_tomsparse._overlap import Overlap, overlap
 from tl_tomsparse._points import Point, PointMeter
 from tl_tomsparse._study_arms import FEW, Arm, make_arms
-from tl_tomsparse._study_material import CHUNKS, Material, merged
+from tl_tomsparse._study_material import Material, merged
+from tl_tomsparse._study_stories import CHUNKS
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.experiment import auto_kappas, choose_kappa, kappa_sweep
 from tl_tomsparse.loss_change import TERMS, LossChange, loss_change
@@ -24,7 +25,7 @@ from tl_tomsparse.sensitivity import Sensitivity
 from tl_tomsparse.tune import tune
 
 if TYPE_CHECKING:
-    from tl_tomsparse.study import StudySettings
+    from tl_tomsparse._study_settings import StudySettings
 
 _TUNED, _LOSS = "tomsparse.tuned", "tomsparse.loss_change"
 _TERMS = tuple(term for term in TERMS if term != "diagonal")

@@ -17,9 +17,10 @@ from tl_tomsparse._model import view
 from tl_tomsparse._points import PointMeter, PointRecord
 from tl_tomsparse._study_arms import make_arms
 from tl_tomsparse._study_material import make_masks, make_material, read_sensitivities
+from tl_tomsparse._study_stories import Stories
 
 if TYPE_CHECKING:
-    from tl_tomsparse.study import StudySettings
+    from tl_tomsparse._study_settings import StudySettings
 
 Load = Callable[[], Any]
 
@@ -33,7 +34,13 @@ def others_points(out: Path) -> list[PointRecord]:
 
 
 def measure_in_processes(
-    load: Load, settings: StudySettings, out: Path, kappa: float, fingerprint: str, processes: int
+    load: Load,
+    settings: StudySettings,
+    out: Path,
+    kappa: float,
+    fingerprint: str,
+    processes: int,
+    own: Stories | None,
 ) -> None:
     """All arms but the trained ones, measured side by side.
 
@@ -44,7 +51,7 @@ def measure_in_processes(
     from torch.multiprocessing.spawn import ProcessException
 
     try:
-        spawn(_work, (load, settings, out, kappa, fingerprint, processes), nprocs=processes)
+        spawn(_work, (load, settings, out, kappa, fingerprint, processes, own), nprocs=processes)
     except ProcessException as error:
         last = str(error).strip().splitlines()[-1].removeprefix(f"{TomsparseError.__module__}.")
         raise TomsparseError(
@@ -60,13 +67,14 @@ def _work(
     kappa: float,
     fingerprint: str,
     processes: int,
+    own: Stories | None,
 ) -> None:
     """One process' share; runs in a process of its own."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     model = load()
     if view(model).identity().fingerprint != fingerprint:
         raise TomsparseError("load() gives a model with other weights than the one that is studied")
-    material = make_material(model, settings)
+    material = make_material(model, settings, own)
     sensitivities = read_sensitivities(material, out)
     with stored_points(out / f"points_{number}.jsonl") as (_, store):
         meter = PointMeter(

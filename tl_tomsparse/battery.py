@@ -142,7 +142,7 @@ class PreparedBattery:
             kind="stable",
             ignore_index=True,
         )
-        return Battery(_table(items, self.seed), items)
+        return Battery(score_table(items, self.seed), items)
 
 
 def battery(
@@ -360,7 +360,7 @@ def _losses(kind: str, text: PreparedText, model: Any) -> pd.DataFrame:
     )
 
 
-def _table(items: pd.DataFrame, seed: int) -> pd.DataFrame:
+def score_table(items: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Scores and intervals of every task and subset, in the order of the items."""
     import pandas as pd
 

@@ -24,7 +24,7 @@ from tl_tomsparse._plot_heads import (
     recovery_path,
 )
 from tl_tomsparse._plot_sinks import angle_histogram, attention, bos_angles, sinks
-from tl_tomsparse._plot_study import study_arms, study_doses, study_overlaps
+from tl_tomsparse._plot_study import study_arms, study_doses, study_localisation, study_overlaps
 from tl_tomsparse._plot_style import GREY, finish, legend, step
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ __all__ = [
     "sinks",
     "study_arms",
     "study_doses",
+    "study_localisation",
     "study_overlaps",
 ]
 

@@ -6,10 +6,12 @@ stands.
     arms            the mask, its controls, random masks of every kind, operators, doses, rescue, training
     loss            true change against the diagonal's and second-order predictions
     claims          one family, Holm-adjusted
+    heads           knock-outs of whole heads; claims of their own
+    battery         key-value recall and induction by distance, two kinds of text; claims of their own
 
 Everything finished is in the folder as soon as it is finished, and a study that was stopped, however, goes on
 there. Sensitivities come from stories of the split "train", kappa from "dev", and what is reported from
-"test".
+"test". The stories are generated, or your own.
 
 NOT claimed: that stories which one generator made stand for stories in general; that what does not show with
 this many stories is not there (see the intervals).
@@ -18,26 +20,22 @@ this many stories is not there (see the intervals).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_tomsparse._artifacts import (
-    write_bytes,
-    write_json,
-)
-from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
+from tl_tomsparse._artifacts import write_bytes, write_json
+from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
-from tl_tomsparse._material import read_text
-from tl_tomsparse._model import MATRICES, view
+from tl_tomsparse._model import view
 from tl_tomsparse._points import Point
 from tl_tomsparse._study_arms import matches_for
+from tl_tomsparse._study_battery import BatterySection, study_battery
 from tl_tomsparse._study_claims import Evidence, StudyClaim, claims_of
 from tl_tomsparse._study_compare import Comparer
 from tl_tomsparse._study_heads import HeadSection, study_heads
 from tl_tomsparse._study_material import (
-    CHUNKS,
     OTHER_LABELS,
     OTHER_TASKS,
     Material,
@@ -47,96 +45,19 @@ from tl_tomsparse._study_material import (
 )
 from tl_tomsparse._study_measure import choose, loss_changes, mask_overlaps, measure
 from tl_tomsparse._study_processes import measure_in_processes, others_points
+from tl_tomsparse._study_settings import StudySettings
+from tl_tomsparse._study_stories import check_own, digest_of, settings_of
 from tl_tomsparse.effect import assemble
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.sensitivity import Sensitivity
+from tl_tomsparse.stories import Story
+from tl_tomsparse.verdict import Claim
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CONTROLS = ("general_only", "lowest", *OTHER_TASKS, *OTHER_LABELS)
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """What a study is asked for.
-
-    Attributes:
-        stories: train stories of each sensitivity.
-        dev_stories: stories on which kappa is chosen.
-        test_stories: held-out stories; a quarter as many photographs and half of that key-value facts join
-            them.
-        windows: text windows of the general sensitivity; a quarter as many (at least 10) for perplexity.
-        length: tokens of a window.
-        text: files of real text, cut into three parts; none for generated text.
-        kappa: sparsity of all masks; None chooses it on dev stories.
-        matrices: which weights.
-        random_masks: random masks of each kind; a claim needs at least 19.
-        tune_steps: updates when masked weights are trained.
-        head_stories: stories on which heads are found, and as many on which they are measured; 0 leaves heads
-            out.
-        seed: of everything.
-        prepend_bos: begin every sample with the BOS token.
-        accuracy_margin, perplexity_margin: what counts as no change.
-        n_draws: how often groups of stories are drawn again.
-    """
-
-    stories: int = 200
-    dev_stories: int = 36
-    test_stories: int = 240
-    windows: int = 200
-    length: int = 128
-    text: tuple[str, ...] = ()
-    kappa: float | None = None
-    matrices: tuple[str, ...] = ("Q", "K")
-    random_masks: int = 20
-    tune_steps: int = 100
-    head_stories: int = 6
-    seed: int = 0
-    prepend_bos: bool = True
-    accuracy_margin: float = 0.05
-    perplexity_margin: float = 0.05
-    n_draws: int = 10_000
-
-    def quick(self) -> StudySettings:
-        """A smaller one, for a first look: fewer stories, and random masks as few as a claim allows."""
-        return replace(
-            self,
-            stories=64,
-            dev_stories=12,
-            test_stories=48,
-            windows=60,
-            random_masks=19,
-            tune_steps=20,
-            head_stories=3,
-        )
-
-    def check(self) -> None:
-        """Refuse what can be refused before any work.
-
-        Raises:
-            TomsparseError: a count below one, an unknown matrix, a kappa outside (0, 1].
-        """
-        for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks", "tune_steps"):
-            check_positive(name, getattr(self, name))
-        check_positive("n_draws", self.n_draws)
-        if self.head_stories < 0:
-            raise TomsparseError(f"head_stories={self.head_stories!r} must be 0 or more.")
-        for matrix in self.matrices:
-            check_choice("matrices", matrix, MATRICES)
-        if not self.matrices:
-            raise TomsparseError("No matrices were asked for; name at least one, for example Q,K.")
-        if self.stories < 2 * CHUNKS:
-            raise TomsparseError(
-                f"stories={self.stories} must be at least {2 * CHUNKS}: they are divided into {CHUNKS} parts."
-            )
-        if self.kappa is not None:
-            check_kappa(self.kappa)
-            if not self.kappa:
-                raise TomsparseError("kappa=0.0 edits no weight; choose one above 0.")
-        for path in self.text:
-            read_text(Path(path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +76,8 @@ class Study:
         losses: one row an edit and term of [`LossChange`][]: edit, seed, term, mean, low, high (nats).
         masks: the mask and its controls, by name.
         heads: the same question for whole heads: claims of their own family, figures and frames by title.
+        battery: finding things again by distance, and two kinds of text: claims of their own family, scores
+            and changes.
         kappa: of all of them.
         facts: the model's identity, settings, versions, and how much of what was measured.
     """
@@ -167,6 +90,7 @@ class Study:
     losses: pd.DataFrame = field(repr=False)
     masks: Mapping[str, SparseMask] = field(repr=False)
     heads: HeadSection = field(repr=False)
+    battery: BatterySection = field(repr=False)
     kappa: float
     facts: dict[str, Any] = field(repr=False)
 
@@ -189,6 +113,7 @@ def study(
     folder: str | Path,
     settings: StudySettings | None = None,
     *,
+    stories: Mapping[str, Sequence[Story]] | None = None,
     processes: int = 1,
     load: Callable[[], Any] | None = None,
     progress: Callable[[str], None] = lambda _message: None,
@@ -200,6 +125,11 @@ def study(
         model: unedited, in eval mode, with its own (not folded) weights.
         folder: where; new, empty, or of the same study.
         settings: what to do.
+        stories: your own in place of generated ones, all of them used: {"train": ..., "dev": ..., "test":
+            ...}, for example of `read_benchmark` or `read_jsonl`. The numbers of stories in the settings are
+            then theirs. Controls that these stories do not ask about, and those of generated kinds
+            (transfer, contents, other stories, other wordings), are left out, and claims about them are "not
+            testable".
         processes: how many measure edits side by side; each loads the model.
         load: gives the same model in another process, such as `functools.partial(load_model, path)`; needed
             for several processes. A script needs `if __name__ == "__main__":` then.
@@ -207,12 +137,17 @@ def study(
         show_progress: show progress bars.
 
     Raises:
-        TomsparseError: settings that cannot be met, several processes without `load`, a folder of another
-            study, a model that cannot be used, a full disk.
+        TomsparseError: settings that cannot be met; stories without a false-belief question in each split,
+            in fewer than eight groups of train, of the wrong split, or with an id, a group or a text in two
+            splits; several processes without `load`, a folder of another study, a model that cannot be used,
+            a full disk.
     """
     from tl_tomsparse.study_report import write_study_page
 
     settings = StudySettings() if settings is None else settings
+    own = None if stories is None else check_own(stories)
+    if own is not None:
+        settings = settings_of(own, settings)
     settings.check()
     check_positive("processes", processes)
     if processes > 1 and load is None:
@@ -222,12 +157,14 @@ def study(
         )
     out = Path(folder)
     plain = dict(json.loads(json.dumps(asdict(settings))))
+    if own is not None:
+        plain["own_stories"] = digest_of(own)
     check_folder(out, plain)
     seen = view(model)
     seen.require_eval()
     seen.require_raw_basis()
     progress("Making stories and texts")
-    material = make_material(model, settings)
+    material = make_material(model, settings, own)
     with opened_folder(out):
         facts: dict[str, Any] = claim_folder(
             out,
@@ -249,7 +186,7 @@ def study(
             if load is not None and processes > 1:
                 progress(f"Edits on held-out questions, in {processes} processes")
                 fingerprint = seen.identity().fingerprint
-                measure_in_processes(load, settings, out, kappa, fingerprint, processes)
+                measure_in_processes(load, settings, out, kappa, fingerprint, processes, own)
             bars["resume"] = [*finished, *others_points(out)]
             masks = make_masks(sensitivities, kappa)
             points, rows = measure(
@@ -260,9 +197,22 @@ def study(
             model, material, masks["mask"], sensitivities["task"], settings, out, show_progress
         )
         progress("Heads by knock-outs")
-        heads = study_heads(model, masks["mask"], settings, out, show_progress)
+        heads = study_heads(model, masks["mask"], settings, own, out, show_progress)
+        progress("Finding things again by distance, and two kinds of text")
+        battery = study_battery(model, masks, settings, out, show_progress)
         result = _assemble(
-            model, material, points, rows, masks, sensitivities, losses, heads, kappa, settings, facts
+            model,
+            material,
+            points,
+            rows,
+            masks,
+            sensitivities,
+            losses,
+            heads,
+            battery,
+            kappa,
+            settings,
+            facts,
         )
         progress("Writing the page")
         _write(out, result)
@@ -279,6 +229,7 @@ def _assemble(
     sensitivities: Mapping[str, Sensitivity],
     losses: Mapping[tuple[str, int | None], LossChange],
     heads: HeadSection,
+    battery: BatterySection,
     kappa: float,
     settings: StudySettings,
     facts: dict[str, Any],
@@ -310,7 +261,16 @@ def _assemble(
     overlaps, halves = mask_overlaps(masks, sensitivities, kappa)
     random = tuple(f"random_{match}" for match in matches_for(model, masks["mask"]) if match != "matrix")
     evidence = Evidence(
-        found, compare, halves, losses["mask", None], CONTROLS, random, sizes, settings.n_draws, settings.seed
+        found,
+        compare,
+        halves,
+        losses["mask", None],
+        CONTROLS,
+        random,
+        sizes,
+        settings.n_draws,
+        settings.seed,
+        material.left_out,
     )
     chance = found.accuracy[found.accuracy.arm == "before"].set_index("measure").chance.to_dict()
     facts = facts | {
@@ -332,6 +292,7 @@ def _assemble(
         ).astype({"seed": "Int64"}),
         masks,
         heads,
+        battery,
         kappa,
         facts,
     )
@@ -357,7 +318,13 @@ def _write(out: Path, result: Study) -> None:
     for table in ("arms", "accuracy", "comparisons", "overlaps", "losses"):
         frame = getattr(result, table)
         write_bytes(out / f"{table}.parquet", frame.to_parquet(index=False))
-    claims = [claim.to_dict() for claim in result.claims]
-    clean = json.loads(json.dumps(claims, allow_nan=True).replace("NaN", "null"))
-    about_heads = [claim.to_dict() for claim in result.heads.claims]
-    write_json(out / "study.json", {**result.facts, "claims": clean, "heads": about_heads})
+    for name in ("scores", "changes"):
+        frame = getattr(result.battery, name)
+        write_bytes(out / f"localisation_{name}.parquet", frame.to_parquet(index=False))
+    families: dict[str, Sequence[Claim]] = {
+        "claims": result.claims,
+        "heads": result.heads.claims,
+        "battery": result.battery.claims,
+    }
+    listed = {name: [claim.to_dict() for claim in claims] for name, claims in families.items()}
+    write_json(out / "study.json", {**result.facts, **listed})

@@ -12,6 +12,8 @@ from tl_tomsparse._plot_study import label
 from tl_tomsparse._report_parts import STYLE, Figures, claims_table, html_table
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tl_tomsparse._study_claims import StudyClaim
     from tl_tomsparse.study import Study
 
@@ -54,6 +56,8 @@ def study_html(study: Study) -> str:
         _losses(study),
         "<h2>Whole heads</h2>",
         *_heads(study, figures),
+        "<h2>Finding things again, and two kinds of text</h2>",
+        *_battery(study, figures),
         "<h2>What this many stories can show</h2>",
         f"<p>{escape(power(study))}</p>",
         "<h2>Settings and versions</h2>",
@@ -129,6 +133,47 @@ def _heads(study: Study, figures: Figures) -> list[str]:
     for title, figure in heads.figures.items():
         body += [f"<h3>{escape(title[:1].upper() + title[1:])}</h3>", figures.add(figure, width=_WIDE)]
     return body
+
+
+def _battery(study: Study, figures: Figures) -> list[str]:
+    section = study.battery
+    if section.obstacle is not None:
+        return [f"<p>{escape(section.obstacle)}</p>"]
+    n = study.facts["settings"]["localisation_items"]
+    return [
+        f"<p>Recall of a fact and going on with a row of words that begins again, {n} items at each distance "
+        "in tokens, with four options each; and the perplexity of prose (descriptions, facts) and patterns "
+        "(counting, look-ups, repetitions).</p>",
+        _claims(section.claims),
+        '<p class="quiet">A Holm-adjusted family of their own. Estimates are changes of accuracy over all '
+        "distances together, and ratios of perplexities; intervals are 95 % and draw items that share their "
+        "facts, or windows of text, again together.</p>",
+        figures.add(plot.study_localisation(study), width=_WIDE),
+        _localisation(section.scores),
+    ]
+
+
+def _localisation(scores: pd.DataFrame) -> str:
+    """Accuracy over all distances and perplexity by arm; of random masks the mean and the range."""
+    names = {"key_value": "key-value recall", "induction": "induction"}
+    scores = scores.assign(column=scores.task.map(names).fillna("perplexity of " + scores.subset))
+    # Every distance has as many items.
+    arms = scores.fillna({"seed": -1}).groupby(["family", "seed", "column"], sort=False)
+    table = arms[["score", "low", "high"]].mean().reset_index()
+    columns = list(table.column.unique())
+    rows = []
+    for family, some in table.groupby("family", sort=False):
+        cells = ""
+        for column in columns:
+            found = some[some.column == column]
+            note = ""
+            if len(found) > 1:
+                note = f"range {found.score.min():.4g} to {found.score.max():.4g}"
+            elif column.startswith("perplexity"):
+                note = f"95 % {found.low.item():.4g} to {found.high.item():.4g}"
+            cells += f"<td>{found.score.mean():.4g}<small>{note}</small></td>"
+        rows.append(f"<tr><td>{escape(label(str(family)))}</td>{cells}</tr>")
+    return html_table("<th>edit</th>" + "".join(f"<th>{escape(column)}</th>" for column in columns), rows)
 
 
 def _losses(study: Study) -> str:
