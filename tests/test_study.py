@@ -60,7 +60,7 @@ def evidence(
         else [planted.point(usual | given.get(name, {})) for _ in range(n)]
         for name, n in families.items()
     }
-    compare = Comparer(planted.scoring, planted.text, points, n_draws=2000, seed=0)
+    compare = Comparer(planted.answers(points), n_draws=2000, seed=0)
     as_effect = {"before": points["before"], "mask": points["mask"], "random": points["random_matrix"]}
     found = assemble(
         planted.scoring, planted.text, as_effect, {"before": 0, "mask": 40, "random": 40}, dict(META)

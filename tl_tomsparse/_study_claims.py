@@ -151,7 +151,7 @@ class _Maker:
         if self.gate.status != "supported":
             return f"nothing can be damaged: {self.gate.sentence}"
         for family in families:
-            if family not in self.compare.points:
+            if family not in self.compare.families:
                 return f"{family.replace('_', ' ')} was not measured for this model."
             if not self.evidence.sizes.get(family, 1):
                 return f"the mask {family.replace('_', ' ')} is empty at this kappa."
@@ -177,16 +177,16 @@ class _Maker:
             mask, other = (self.compare.accuracy(name, "false_belief").mean() for name in ("mask", family))
             return (
                 f"False-belief accuracy {falls} than under {what}: {percent(mask)} against "
-                f"{percent(other)} ({_points(found)})."
+                f"{percent(other)} ({in_points(found)})."
             )
 
         return sentence
 
     def _random(self, family: str) -> tuple[str, Estimate, Test]:
         name = f"more_than_{family}"
-        few = len(self.compare.points.get(family, ())) < round(1 / ALPHA) - 1
+        few = len(self.compare.families.get(family, ())) < round(1 / ALPHA) - 1
         if few and self._obstacle(family) is None:
-            words = f"{len(self.compare.points[family])} random masks are too few; use at least 19."
+            words = f"{len(self.compare.families[family])} random masks are too few; use at least 19."
             return name, _NONE, Test(name, words, 1.0, False, str)
 
         def holds() -> bool:
@@ -217,7 +217,7 @@ class _Maker:
     def _selective(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls more" if yes else "is not shown to fall more"
-            return f"False belief {how} than true belief ({_points(found)})."
+            return f"False belief {how} than true belief ({in_points(found)})."
 
         return self._test(
             "selective",
@@ -228,12 +228,12 @@ class _Maker:
         )
 
     def _dose(self) -> tuple[str, Estimate, Test]:
-        doses = {f"dose_{dose:g}": dose for dose in DOSES if f"dose_{dose:g}" in self.compare.points}
+        doses = {f"dose_{dose:g}": dose for dose in DOSES if f"dose_{dose:g}" in self.compare.families}
         families = [*doses, "mask"]
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls" if yes else "is not shown to fall"
-            return f"False-belief accuracy {how} with each doubling of kappa ({_points(found)})."
+            return f"False-belief accuracy {how} with each doubling of kappa ({in_points(found)})."
 
         return self._test(
             "dose",
@@ -248,7 +248,7 @@ class _Maker:
             how = "gives back more" if yes else "is not shown to give back more"
             return (
                 f"Leaving the most sensitive half of the mask as it is {how} than leaving a random half "
-                f"({_points(found)})."
+                f"({in_points(found)})."
             )
 
         return self._test(
@@ -282,7 +282,7 @@ class _Maker:
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "lowers" if yes else "is not shown to lower"
-            return f"The mask made from {of} stories {how} false belief in {to} stories ({_points(found)})."
+            return f"The mask made from {of} stories {how} false belief in {to} stories ({in_points(found)})."
 
         return self._test(
             name, (of,), lambda: self.compare.change(of, "before", measure), Estimate.p_below, sentence
@@ -313,7 +313,7 @@ class _Maker:
     def _amplify(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "raises" if yes else "is not shown to raise"
-            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({_points(found)})."
+            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({in_points(found)})."
 
         return self._test(
             "amplifying_helps",
@@ -330,7 +330,7 @@ class _Maker:
             before, tuned, random = map(percent, rates)
             return (
                 f"Training the masked weights alone {how} than training random ones: false belief {before} "
-                f"before, {tuned} and {random} ({_points(found)})."
+                f"before, {tuned} and {random} ({in_points(found)})."
             )
 
         return self._test(
@@ -345,6 +345,7 @@ class _Maker:
 _TUNED = ("before", "tuned", "tuned_random")
 
 
-def _points(found: Estimate) -> str:
+def in_points(found: Estimate) -> str:
+    """A difference of accuracies as it is written in sentences."""
     value, low, high = (f"{100 * number:+.1f}" for number in (found.value, found.low, found.high))
     return f"difference {value} points, 95 % interval {low} to {high}"

@@ -48,6 +48,7 @@ class Material:
         dev: dev stories.
         dev_text: dev text.
         scoring: held-out questions of all kinds.
+        prompts: theirs.
         text: held-out text.
         answers: held-out false-belief questions with their answers, for the loss.
         digest: of all of it.
@@ -58,6 +59,7 @@ class Material:
     dev: list[Story]
     dev_text: Samples
     scoring: PreparedScoring
+    prompts: tuple[str, ...]
     text: PreparedText
     answers: Samples
     digest: str
@@ -126,9 +128,9 @@ def make_material(model: Any, settings: StudySettings) -> Material:
         digest.update(prepare_text(model, samples).reads.digest.encode())
     dev_digest = prepare_scoring(model, dev, prepend_bos=bos, pack=True).digest
     digest.update(f"{dev_digest} {scoring.digest} {text.reads.digest}".encode())
-    return Material(
-        tasks, some(task, "false_belief"), dev, dev_text, scoring, text, answers, digest.hexdigest()
-    )
+    prompts = tuple(story.prompt(question) for story in held_out for question in story.questions)
+    everything = some(task, "false_belief")
+    return Material(tasks, everything, dev, dev_text, scoring, prompts, text, answers, digest.hexdigest())
 
 
 def _facts(model: Any, n: int, seed: int, split: str) -> list[Story]:
