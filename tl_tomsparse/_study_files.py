@@ -129,9 +129,9 @@ def _answers(folder: Path, samples: str) -> Answers:
 
 
 def _heads(folder: Path, stored: Mapping[str, Any], claims: list[Claim]) -> HeadSection:
-    import plotly.io
+    import plotly.graph_objects as go
 
-    figures = {title: plotly.io.from_json(json.dumps(figure)) for title, figure in stored["figures"].items()}
+    figures = {title: go.Figure(figure) for title, figure in stored["figures"].items()}
     frames = {title: _read_table(_head_table(folder, title)) for title in stored["frames"]}
     return HeadSection(claims, figures, frames, stored["obstacle"])
 

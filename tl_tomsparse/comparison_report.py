@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ def comparison_html(found: StudyComparison) -> str:
         '<p class="quiet">Falls of false-belief accuracy beyond those under random masks of equal size. One '
         "family with Holm-adjusted p-values at 0.05; intervals are 95 % and draw groups of stories again, "
         "for both models together where they were asked the same questions, and random masks for each by "
-        "itself. A supported claim is about these models: each is one training, they may differ in more than one "
-        "thing, and the same share of weights is not the same blow to each; see the loss of text.</p>",
+        "itself. A supported claim is about these models: each is one training, they may differ in more than "
+        "one thing, and the same share of weights is not the same blow to each; see the loss of text.</p>",
         "<h2>The models</h2>",
         _models(found),
         "<h2>Changes in each model</h2>",
@@ -50,7 +51,7 @@ def comparison_html(found: StudyComparison) -> str:
         "here. Nothing is adjusted for the number of rows.</p>",
         _differences(found),
         "<h2>Every claim of every study</h2>",
-        _statuses(found.statuses),
+        _by_model(found.statuses, "claim", status_badge),
         *_settings(found.settings),
     ]
     return html_page(title, body)
@@ -119,29 +120,21 @@ def _cell(row: Any) -> str:
     return f"<td>{row.value:+.3f}<small>{row.low:+.3f} to {row.high:+.3f}</small></td>"
 
 
-def _statuses(statuses: pd.DataFrame) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in statuses.columns)
-    rows = [
-        f"<tr><td>{escape(claim.replace('_', ' '))}</td>"
-        + "".join(f"<td>{status_badge(status)}</td>" for status in row)
-        + "</tr>"
-        for claim, row in zip(statuses.index, statuses.to_numpy())
-    ]
-    return html_table(f"<th>claim</th>{head}", rows)
-
-
 def _settings(settings: pd.DataFrame) -> list[str]:
     """What was asked for differently."""
     if not len(settings):
         return ['<p class="quiet">All studies were asked for with the same settings.</p>']
-    head = "".join(f"<th>{escape(name)}</th>" for name in settings.columns)
-    rows = [
-        f"<tr><td>{escape(setting.replace('_', ' '))}</td>"
-        + "".join(f"<td>{escape(value)}</td>" for value in row)
-        + "</tr>"
-        for setting, row in zip(settings.index, settings.to_numpy())
-    ]
-    return ["<h2>Settings that differ</h2>", html_table(f"<th>setting</th>{head}", rows)]
+    return ["<h2>Settings that differ</h2>", _by_model(settings, "setting", escape)]
+
+
+def _by_model(table: pd.DataFrame, what: str, cell: Callable[[str], str]) -> str:
+    """A table with a column for each model."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in (what, *table.columns))
+    rows = []
+    for name, values in zip(table.index, table.to_numpy()):
+        cells = "".join(f"<td>{cell(value)}</td>" for value in values)
+        rows.append(f"<tr><td>{escape(name.replace('_', ' '))}</td>{cells}</tr>")
+    return html_table(head, rows)
 
 
 def _name(measure: str) -> str:
