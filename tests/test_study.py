@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import shutil
@@ -302,11 +303,15 @@ def test_a_study_is_read_without_its_model(finished: tuple[tt.Study, Path]) -> N
         pd.testing.assert_frame_equal(getattr(read, table), getattr(study, table))
     for title, frame in study.heads.frames.items():
         pd.testing.assert_frame_equal(read.heads.frames[title], frame)
+    for title, figure in study.heads.figures.items():
+        assert json.loads(read.heads.figures[title].to_json()) == json.loads(figure.to_json())
+    assert (read.heads.claims, read.heads.obstacle) == (study.heads.claims, study.heads.obstacle)
     for name in ("correct", "nll", "n_tokens"):
         np.testing.assert_array_equal(getattr(read.answers, name), getattr(study.answers, name))
     assert (read.answers.families, read.answers.text) == (study.answers.families, study.answers.text)
     pd.testing.assert_frame_equal(read.answers.questions, study.answers.questions)
-    assert study_html(read) == (out / "study.html").read_text(encoding="utf-8")
+    page = study_html(dataclasses.replace(read, heads=study.heads))
+    assert page == (out / "study.html").read_text(encoding="utf-8")
 
 
 def test_what_was_answered_is_kept_question_by_question(finished: tuple[tt.Study, Path]) -> None:

@@ -56,9 +56,9 @@ def write_study(out: Path, study: Study) -> None:
     write_json(
         out / "heads.json", {"obstacle": heads.obstacle, "figures": figures, "frames": list(heads.frames)}
     )
-    lists = {"claims": study.claims, "heads": heads.claims}
-    claims = {name: [claim.to_dict() for claim in some] for name, some in lists.items()}
-    write_json(out / "study.json", {**study.facts, "masks": list(study.masks), **claims})
+    lists = {"masks": list(study.masks), "claims": [claim.to_dict() for claim in study.claims]}
+    lists["heads"] = [claim.to_dict() for claim in heads.claims]
+    write_json(out / "study.json", study.facts | lists)
 
 
 def read_parts(folder: Path) -> dict[str, Any]:

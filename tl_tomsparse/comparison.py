@@ -20,7 +20,7 @@ may differ in more than one thing, and an equal kappa is not an equal blow; see 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -287,18 +287,18 @@ def _difference(
     asked, clusters = zip(*(side.asks(measure) for side in (first, other)))
     terms = [side.terms(measure, "mask", _FAMILIES[against]) for side in (first, other)]
     if asked[0] != asked[1]:
-        estimates = [
+        one, two = (
             boot(len(some[0][1]), measure, side.place).contrast(some)
             for side, some in zip((first, other), terms)
-        ]
-        return difference(*estimates), False
-    one, two = (
+        )
+        return difference(one, two), False
+    ours, theirs = (
         [(numerator[rows], denominator[rows]) for numerator, denominator in some]
         for rows, some in zip(clusters, terms)
     )
     # All but the first term are subtracted, so what the other model subtracts itself is added.
-    both = [*one, two[0], *((-numerator, denominator) for numerator, denominator in two[1:])]
-    members = [0] * len(one) + [1] * len(two)
+    both = [*ours, theirs[0], *((-numerator, denominator) for numerator, denominator in theirs[1:])]
+    members = [0] * len(ours) + [1] * len(theirs)
     return boot(len(clusters[0]), measure).contrast(both, members=members), True
 
 
@@ -332,21 +332,13 @@ def _claims(first: _Side, others: list[_Side], boot: _Bootstraps) -> list[Contra
         tests.append(Test(other.label, None, estimate.p_below(), True, sentence))
     claims = []
     for claim, other, some in zip(decide(tests), others, found):
-        numbers = {}
-        if some is not None:
-            estimate, paired = some
-            numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "paired": paired}
-        claims.append(
-            ContrastClaim(
-                "architecture_specific",
-                claim.status,
-                claim.sentence,
-                claim.p,
-                first.label,
-                other.label,
-                **numbers,
-            )
+        made = ContrastClaim(
+            "architecture_specific", claim.status, claim.sentence, claim.p, first.label, other.label
         )
+        if some is not None:
+            value, low, high = some[0].value, some[0].low, some[0].high
+            made = replace(made, value=value, low=low, high=high, paired=some[1])
+        claims.append(made)
     return claims
 
 
