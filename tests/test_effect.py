@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from tl_tomsparse._intervals import ClusterBootstrap
 from tl_tomsparse._points import Measures, Point
 from tl_tomsparse._prepared import Outcome, PreparedScoring, PreparedText
 from tl_tomsparse._scoring import Reads
+from tl_tomsparse._study_answers import Answers, collect_answers
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.effect import CONTRAST, EXACT, RANGE, Effect, assemble, effect
 from tl_tomsparse.evaluate import perplexity, score_stories, tabulate
@@ -74,6 +76,13 @@ class Planted:
         margin = np.where(correct ^ flip, 1.0, -1.0)
         nll = self.nll + 127 * np.log(cost) + 127 * 0.01 * self.rng.standard_normal(len(self.nll))
         return Point(Outcome(np.where(margin > 0, 0, 1), margin), nll)
+
+    def answers(self, points: Mapping[str, Sequence[Point]]) -> Answers:
+        """Of these points, the questions put as in the tiny stories."""
+        stories = map(tiny.story, range(self.questions.story_id.nunique()))
+        prompts = [story.prompt(question) for story in stories for question in story.questions]
+        families = [family for family, some in points.items() for _ in some]
+        return collect_answers(self.scoring, self.text, prompts, points, families)
 
     def effect(self, before: dict, mask: dict, random: dict, *, cost=1.0, n_random=20, **meta) -> Effect:
         points = {
@@ -244,7 +253,7 @@ def test_tables_are_what_counting_gives():
 
 def test_measures_count_as_story_scores_do():
     planted = Planted()
-    measures = Measures(planted.scoring)
+    measures = Measures(planted.questions)
     point = planted.point({"true_belief": 0.6})
     scores = tabulate(planted.scoring, point.outcome)
     expected = scores.accuracy().set_index("category").accuracy.to_dict()
@@ -265,7 +274,8 @@ def twins(planted: Planted) -> Planted:
 def test_intervals_cover_where_twins_fall_together():
     """Half of the twins lose their false beliefs, both of a pair or none: by story it is too narrow."""
     planted, rng, runs, truth = Planted(n_stories=100), np.random.default_rng(0), 200, -0.5
-    by_group, by_story = Measures(twins(planted).scoring), Measures(Planted(n_stories=100).scoring)
+    by_group = Measures(twins(planted).scoring.questions)
+    by_story = Measures(Planted(n_stories=100).questions)
     number = planted.questions.story_id.str[1:].astype(int).to_numpy()
     assert (by_group.n_groups, by_group.n_stories, by_story.n_groups) == (50, 100, 100)
     covered = {"group": 0, "story": 0}

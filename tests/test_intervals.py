@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tl_tomsparse._intervals import ClusterBootstrap, holm, proportion_interval
+from tl_tomsparse._intervals import ClusterBootstrap, difference, holm, proportion_interval
 
 
 def test_exact_intervals():
@@ -97,3 +97,41 @@ def test_coverage_of_a_mean_over_random_masks():
         alone += stories.low <= -0.3 <= stories.high
     assert covered / runs >= 0.91
     assert alone / runs < 0.8
+
+
+def test_coverage_of_a_difference_between_two_models():
+    """Each with random masks of its own; on the same stories, hard ones hard for both, or on others."""
+    rng = np.random.default_rng(0)
+    n_stories, n_members, runs, truth = 80, 12, 200, -0.5 + 0.2
+    ones, covered, widths = np.ones(n_stories), {"paired": 0, "apart": 0}, {"paired": 0.0, "apart": 0.0}
+
+    def beyond(rate: float, luck: np.ndarray) -> np.ndarray:
+        """Right under the mask minus right under each random mask; these differ in what they break."""
+        masks = np.clip(0.1 + 0.05 * rng.standard_normal(n_members), 0, 1)
+        return (luck[:, None] > rate + 0.1).astype(float) - (rng.random((n_stories, n_members)) > masks)
+
+    for run in range(runs):
+        luck = rng.random(n_stories)
+        first, second = beyond(0.5, luck), beyond(0.2, luck)
+        boot = ClusterBootstrap(n_stories, n_draws=400, seed=run)
+        found = {"paired": boot.contrast([(first, ones), (second, ones)], members=[0, 1])}
+        other = ClusterBootstrap(n_stories, n_draws=400, seed=10_000 + run)
+        elsewhere = beyond(0.2, rng.random(n_stories))
+        found["apart"] = difference(boot.ratio(first, ones), other.ratio(elsewhere, ones))
+        for name, estimate in found.items():
+            covered[name] += estimate.low <= truth <= estimate.high
+            widths[name] += estimate.high - estimate.low
+    assert all(0.91 <= count / runs <= 0.99 for count in covered.values()), covered
+    assert widths["paired"] < 0.85 * widths["apart"]
+
+
+def test_members_of_another_number_are_drawn_by_themselves():
+    ones = np.ones(30)
+    first = np.random.default_rng(0).standard_normal((30, 5))
+    boot = ClusterBootstrap(30, n_draws=400, seed=0, smooth=False)
+    same = boot.contrast([(first, ones), (first, ones)])
+    assert same.low == same.high == 0
+    assert same.draws.tolist() == boot.contrast([(first, ones), (first, ones)], members=[1, 1]).draws.tolist()
+    apart = boot.contrast([(first, ones), (first, ones)], members=[0, 1])
+    assert apart.value == 0
+    assert apart.low < -0.1 < 0.1 < apart.high

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from math import comb
 from pathlib import Path
@@ -29,6 +31,7 @@ from tl_tomsparse._study_compare import Comparer
 from tl_tomsparse.effect import assemble
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.study import CONTROLS
+from tl_tomsparse.study_report import study_html
 
 RANDOM = ("random_row", "random_pair")
 LOW = {"false_belief": 0.4}
@@ -62,7 +65,7 @@ def evidence(
         for name, n in families.items()
         if name not in (left_out or {})
     }
-    compare = Comparer(planted.scoring, planted.text, points, n_draws=2000, seed=0)
+    compare = Comparer(planted.answers(points), n_draws=2000, seed=0)
     as_effect = {"before": points["before"], "mask": points["mask"], "random": points["random_matrix"]}
     found = assemble(
         planted.scoring, planted.text, as_effect, {"before": 0, "mask": 40, "random": 40}, dict(META)
@@ -289,19 +292,135 @@ def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> N
     page = (out / "study.html").read_text()
     assert "not testable" in page
     assert all(claim.claim.replace("_", " ") in page for claim in study.claims)
-    stored = json.loads((out / "study.json").read_text())
-    assert len(stored["claims"]) == len(study.claims)
-    assert len(stored["heads"]) == len(study.heads.claims) > 0
+    assert study.heads.claims
     assert "Effect of each head" in page
     assert (out / "heads_test.safetensors").exists()
     assert all(claim.sentence in html.unescape(page) for claim in study.heads.claims)
-    assert [claim["claim"] for claim in stored["battery"]] == [
+    assert [claim.claim for claim in study.battery.claims] == [
         "key_value_falls", "induction_falls", "prose_stays", "patterns_stays",
     ]  # fmt: skip
     assert {claim.status for claim in study.battery.claims[:2]} == {"not testable"}
     assert all(claim.sentence in html.unescape(page) for claim in study.battery.claims)
     changes = pd.read_parquet(out / "localisation_changes.parquet")
     pd.testing.assert_frame_equal(changes, study.battery.changes)
+
+
+def test_a_study_is_read_without_its_model(finished: tuple[tt.Study, Path]) -> None:
+    study, out = finished
+    read = tt.read_study(out)
+    assert repr(read) == repr(study)
+    assert str(read.claims) == str(study.claims)
+    assert (read.kappa, read.facts, dict(read.masks)) == (study.kappa, study.facts, dict(study.masks))
+    for table in ("arms", "accuracy", "comparisons", "overlaps", "losses"):
+        pd.testing.assert_frame_equal(getattr(read, table), getattr(study, table))
+    for title, frame in study.heads.frames.items():
+        pd.testing.assert_frame_equal(read.heads.frames[title], frame)
+    for title, figure in study.heads.figures.items():
+        assert json.loads(read.heads.figures[title].to_json()) == json.loads(figure.to_json())
+    assert (read.heads.claims, read.heads.obstacle) == (study.heads.claims, study.heads.obstacle)
+    assert (str(read.battery.claims), read.battery.obstacle) == (str(study.battery.claims), None)
+    for table in ("scores", "changes"):
+        pd.testing.assert_frame_equal(getattr(read.battery, table), getattr(study.battery, table))
+    for name in ("correct", "nll", "n_tokens"):
+        np.testing.assert_array_equal(getattr(read.answers, name), getattr(study.answers, name))
+    assert (read.answers.families, read.answers.text) == (study.answers.families, study.answers.text)
+    pd.testing.assert_frame_equal(read.answers.questions, study.answers.questions)
+    page = study_html(dataclasses.replace(read, heads=study.heads))
+    assert page == (out / "study.html").read_text(encoding="utf-8")
+
+
+def test_what_was_answered_is_kept_question_by_question(finished: tuple[tt.Study, Path]) -> None:
+    study, _ = finished
+    answers, model = study.answers, tt.load_model(tiny.long_directory(), device="cpu")
+    assert list(answers.families) == list(study.arms.family)
+    made = tt.generate_stories(SMALL.test_stories, seed=SMALL.seed, split="test")
+    stories = {story.id: story for story in made}
+    asked = answers.questions[answers.questions.story_id.isin(stories)]
+    assert len(asked) == sum(len(story.questions) for story in stories.values())
+    for row in asked.itertuples():
+        question = stories[row.story_id].questions[row.question]
+        assert row.prompt == stories[row.story_id].prompt(question)
+        assert row.options[0] == question.answer
+        assert sorted(row.options) == sorted(question.options)
+    with tt.SparseEdit.mean(model, study.masks["mask"]).applied(model):
+        found = tt.score_stories(model, stories.values(), show_progress=False)
+    row = answers.families.index("mask")
+    assert answers.correct[row][asked.index].tolist() == found.frame.correct.tolist()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda out: shutil.rmtree(out), "There is no folder .*pass the folder that a study was written to"),
+        (lambda out: (out / "run.json").unlink(), "holds no study"),
+        (lambda out: (out / "run.json").write_text("[]"), "holds no study"),
+        (lambda out: edit(out / "run.json", command="tomsparse run"), "holds a run and not a study; add"),
+        (lambda out: (out / "study.json").unlink(), "is not finished; the same command, .* continues it"),
+        (lambda out: (out / "answers.safetensors").unlink(), "lacks files; the same command.* nothing again"),
+        (lambda out: (out / "study.json").write_text("{"), "study.json is not a JSON file"),
+        (lambda out: edit(out / "run.json", samples="x"), "study.json is of another study than .*run.json"),
+        (lambda out: edit(out / "run.json", identity=OTHER), "study.json is about 'llama.* but the study in"),
+        (lambda out: (out / "arms.parquet").write_bytes(b"PAR1"), "Cannot read .*arms.parquet"),
+        (lambda out: (out / "mask_lowest.safetensors").unlink(), "Cannot read .*mask_lowest.safetensors"),
+    ],
+)
+def test_what_is_no_finished_study_is_not_read(
+    spoil: Callable[[Path], object], words: str, finished: tuple[tt.Study, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    out.mkdir()
+    for path in finished[1].iterdir():
+        if path.suffix in (".json", ".parquet") or path.name.startswith(("mask_", "answers")):
+            shutil.copy(path, out)
+    tt.read_study(out)
+    spoil(out)
+    with pytest.raises(tt.TomsparseError, match=words):
+        tt.read_study(out)
+
+
+OTHER = {
+    "name": "other", "fingerprint": "0" * 32, "basis": "raw", "transformer_lens": "4.3.0", "n_layers": 1,
+    "n_heads": 1, "n_kv_heads": 1, "d_model": 1, "d_head": 1, "d_mlp": 1,
+}  # fmt: skip
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_studies_are_compared_from_their_folders(finished: tuple[tt.Study, Path], tmp_path: Path) -> None:
+    study, out = finished
+    shutil.copytree(out, tmp_path / "run" / "study")
+    page = tmp_path / "compare.html"
+    command = ["compare", str(out), str(tmp_path / "run" / "study"), "--out", str(page)]
+    named = CliRunner().invoke(cli.app, [*command, "--label", "one", "--label", "two"])
+    assert named.exit_code == 0, named.output
+    assert "not testable  architecture specific: Nothing can be damaged in one" in named.stdout
+    assert named.stdout.endswith(f"{page}\n")
+    assert "particular to one?" in page.read_text(encoding="utf-8")
+    found = tt.compare_studies({"one": study, "two": tt.read_study(out)}, n_draws=SMALL.n_draws)
+    own = found.frame[(found.frame.model == "one") & found.frame.minus.isna()].set_index("measure")
+    for against, family in (("before", "before"), ("random", "random_matrix")):
+        table = study.comparisons[study.comparisons.family == family].set_index("measure")
+        mine = own[own.against == against].loc[table.index]
+        columns = ["value", "low", "high", "p"]
+        pd.testing.assert_frame_equal(mine[columns], table[columns])
+    apart = found.frame[found.frame.minus.notna()]
+    assert apart.paired.all()
+    assert (apart.value == 0).all()
+    for extra, words in (
+        ([], "2 studies cannot be called llama-long, llama-long; give each its own --label"),
+        (["--label", "one"], "2 studies cannot be called one; give each"),
+    ):
+        refused = CliRunner().invoke(cli.app, [*command, *extra])
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith("tomsparse: ")
+        assert words in refused.stderr
+    shutil.copy(out / "run.json", tmp_path / "run" / "run.json")
+    edit(tmp_path / "run" / "run.json", command="tomsparse run")
+    refused = CliRunner().invoke(cli.app, ["compare", str(out), str(tmp_path / "run"), "--out", str(page)])
+    assert refused.exit_code == 2
+    assert f"holds a run and not a study; pass {tmp_path / 'run' / 'study'}" in refused.stderr
 
 
 def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The public names, in the order of the pipeline; figures are in `tl_tomsparse.plo
 from . import plot
 from ._checks import TomsparseError
 from .battery import Battery, PreparedBattery, battery, prepare_battery
+from .comparison import StudyComparison, compare_studies
 from .components import ComponentEffects, component_effects, mask_components
 from .edit import SparseEdit
 from .effect import Effect, effect
@@ -57,7 +58,7 @@ from .stories import (
     to_dataset,
     write_jsonl,
 )
-from .study import Study, StudySettings, study
+from .study import Study, StudySettings, read_study, study
 from .tune import Tuned, tune
 from .verdict import Claim, verdict
 
@@ -144,6 +145,9 @@ __all__ = [
     "Study",
     "StudySettings",
     "study",
+    "read_study",
+    "StudyComparison",
+    "compare_studies",
     "ComponentEffects",
     "mask_components",
     "component_effects",

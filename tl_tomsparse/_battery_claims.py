@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tl_tomsparse._intervals import ClusterBootstrap, Estimate
 from tl_tomsparse._study_arms import FEW
-from tl_tomsparse._study_claims import StudyClaim, points, with_evidence
+from tl_tomsparse._study_claims import StudyClaim, in_points, with_evidence
 from tl_tomsparse.verdict import Test, decide, percent
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class _Maker:
             chance = percent(asked.chance.mean())
             obstacle = (
                 f"the unedited model is not shown to be above chance, so nothing can be damaged: {what} "
-                f"{self._share('before', task)} {where}, chance {chance} ({points(able)})."
+                f"{self._share('before', task)} {where}, chance {chance} ({in_points(able)})."
             )
         elif n_random < FEW:
             obstacle = f"{n_random} random masks are too few for their mean; use at least {FEW}."
@@ -151,7 +151,7 @@ class _Maker:
                 f"{what} {how} under the mask, and more than under random masks: "
                 f"{self._share('before', task)} before, {self._share('mask', task)} after, a mean of "
                 f"{self._share('random_matrix', task)} under {n_random} random masks, {where} ("
-                f"{points(change)}; beyond random masks {points(beyond)})."
+                f"{in_points(change)}; beyond random masks {in_points(beyond)})."
             )
 
         return Test(name, None, max(change.p_below(), beyond.p_below()), True, sentence), change

@@ -99,7 +99,7 @@ class ClusterBootstrap:
     ) -> None:
         self.n_clusters, self.confidence, self.smooth = n_clusters, confidence, smooth
         self._seed, self._n_draws = seed, n_draws
-        self._weights: dict[tuple[str, int], NDArray[np.uint8]] = {}
+        self._weights: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
 
     def ratio(self, numerator: Floats, denominator: Floats) -> Estimate:
         """The interval of `sum(numerator) / sum(denominator)` over clusters.
@@ -111,8 +111,14 @@ class ClusterBootstrap:
         """
         return self.contrast([(numerator, denominator)])
 
-    def contrast(self, terms: Sequence[tuple[Floats, Floats]]) -> Estimate:
-        """The interval of the first ratio minus the other ones, all from the same drawn clusters."""
+    def contrast(self, terms: Sequence[tuple[Floats, Floats]], *, members: Sequence[int] = ()) -> Estimate:
+        """The interval of the first ratio minus the other ones, all from the same drawn clusters.
+
+        Args:
+            terms: numerator and denominator of each, as in `ratio`.
+            members: for each term a number; terms with the same number average over the same members (masks
+                of one model), others over members of their own. All the same by default.
+        """
         value, draws = 0.0, np.zeros(self._n_draws)
         for sign, (index, (numerator, denominator)) in zip((1, *[-1] * (len(terms) - 1)), enumerate(terms)):
             columns = np.asarray(numerator, dtype=np.float64).reshape(self.n_clusters, -1)
@@ -120,10 +126,11 @@ class ClusterBootstrap:
             if counts.sum() == 0:
                 return Estimate(float("nan"), float("nan"), float("nan"), np.zeros(0))
             value += sign * float(columns.mean(1).sum() / counts.sum())
-            draws += sign * self._resample(columns, counts, index, len(terms))
-        return self._estimate(value, draws)
+            which = members[index] if members else 0
+            draws += sign * self._resample(columns, counts, index, len(terms), which)
+        return _estimate(value, draws, self.confidence)
 
-    def _resample(self, columns: Floats, counts: Floats, index: int, n_terms: int) -> Floats:
+    def _resample(self, columns: Floats, counts: Floats, index: int, n_terms: int, members: int) -> Floats:
         if self.smooth:
             usual = counts[counts > 0].mean()
             extra = np.zeros((2 * n_terms, 1))
@@ -138,23 +145,30 @@ class ClusterBootstrap:
             totals[start : start + _CHUNK] = chunk @ counts
         n_members = columns.shape[1]
         if n_members > 1:
-            sums = sums * self._draw(n_members, "members")
+            sums = sums * self._draw(n_members, "members", members)
         with np.errstate(invalid="ignore"):  # a draw may hold none that asks this: it is left out
             return sums.mean(1) / totals
 
-    def _draw(self, n: int, what: Literal["clusters", "members"]) -> NDArray[np.uint8]:
+    def _draw(self, n: int, what: Literal["clusters", "members"], which: int = 0) -> NDArray[np.uint8]:
         """How often each of `n` was drawn, `[n_draws, n]`; kept for the next estimate."""
-        if (what, n) not in self._weights:
-            generator = np.random.default_rng([self._seed, n, len(what)])
+        if (what, n, which) not in self._weights:
+            generator = np.random.default_rng([self._seed, n, len(what), *([which] if which else [])])
             drawn = generator.multinomial(n, np.full(n, 1 / n), self._n_draws)
-            self._weights[what, n] = np.minimum(drawn, 255).astype(np.uint8)
-        return self._weights[what, n]
+            self._weights[what, n, which] = np.minimum(drawn, 255).astype(np.uint8)
+        return self._weights[what, n, which]
 
-    def _estimate(self, value: float, draws: Floats) -> Estimate:
-        draws = draws[np.isfinite(draws)]
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (float("nan"), float("nan"))
-        return Estimate(value, float(low), float(high), draws)
+
+def difference(first: Estimate, second: Estimate, confidence: float = CONFIDENCE) -> Estimate:
+    """Of two estimates from data that have nothing in common; their bootstraps need different seeds."""
+    n = min(len(first.draws), len(second.draws))
+    return _estimate(first.value - second.value, first.draws[:n] - second.draws[:n], confidence)
+
+
+def _estimate(value: float, draws: Floats, confidence: float) -> Estimate:
+    draws = draws[np.isfinite(draws)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (float("nan"), float("nan"))
+    return Estimate(value, float(low), float(high), draws)
 
 
 def mean_intervals(

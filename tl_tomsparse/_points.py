@@ -24,7 +24,7 @@ from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model import view
 from tl_tomsparse._prepared import Outcome, PreparedScoring, PreparedText
 from tl_tomsparse.edit import SparseEdit
-from tl_tomsparse.evaluate import tabulate
+from tl_tomsparse.evaluate import StoryScores
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.stories.story import ALL_CATEGORIES, CATEGORIES, Story
 
@@ -150,32 +150,32 @@ class Measures:
         names: the categories that are asked about, in their usual order, and "paired" if there is a story
             for it.
         totals: for each name the observations of each group, `[groups]`.
+        groups: their names.
         n_stories: number of stories.
         n_groups: number of groups.
     """
 
     def __init__(
-        self, scoring: PreparedScoring, extra: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
+        self, questions: pd.DataFrame, extra: Mapping[str, NDArray[np.bool_]] = MappingProxyType({})
     ) -> None:
-        """`extra` names further selections of the questions, `[questions]` each."""
-        questions = scoring.questions
+        """`questions` as in `PreparedScoring`; `extra` names further selections of them, `[questions]`
+        each.
+        """
         import pandas as pd
 
-        n = len(questions)
         stories = questions.drop_duplicates("story_id")
         place = {story_id: index for index, story_id in enumerate(stories.story_id)}
         self._story = questions.story_id.map(place).to_numpy()
-        groups, _ = pd.factorize(stories.group)
-        self._group = groups
-        self.n_stories, self.n_groups = len(place), len(set(groups))
+        self._group, names = pd.factorize(stories.group)
+        self.groups: tuple[str, ...] = tuple(names)
+        self.n_stories, self.n_groups = len(place), len(names)
         self._selected: dict[str, NDArray[np.bool_]] = {
             name: (questions.category == name).to_numpy()
             for name in ALL_CATEGORIES
             if (questions.category == name).any()
         }
         self._selected |= {name: selected for name, selected in extra.items() if selected.any()}
-        nothing = Outcome(np.ones(n, dtype=np.int64), np.full(n, -1.0))
-        paired = tabulate(scoring, nothing).paired_stories()
+        paired = StoryScores(questions.assign(correct=False)).paired_stories()
         self._first_order = ((questions.kind == "belief") & (questions.order == 1)).to_numpy()
         self.totals: dict[str, NDArray[np.float64]] = {
             name: self._by_group(self._by_story(selected)) for name, selected in self._selected.items()
@@ -194,6 +194,12 @@ class Measures:
             wrong = self._by_story(self._first_order & ~correct)
             return self._by_group(self._tells_apart * (wrong == 0))
         return self._by_group(self._by_story(self._selected[name] & correct))
+
+    def asked(self, name: str) -> NDArray[np.bool_]:
+        """The questions that a measure counts, `[questions]`."""
+        if name == "paired":
+            return self._first_order & (self._tells_apart[self._story] > 0)
+        return self._selected[name]
 
     def accuracy(self, correct: NDArray[np.bool_], name: str) -> float:
         """Share of right answers, of all questions or stories of one measure."""

@@ -46,6 +46,15 @@ dt { color: #566573; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
+def html_page(title: str, body: Sequence[str]) -> str:
+    """A whole page without any outside resource; the body is HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
 class Figures:
     """Figures as HTML; the first one brings plotly.js along."""
 
@@ -64,11 +73,16 @@ class Figures:
         return f'<div class="scroll"><div style="min-width: {width}px">{html}</div></div>'
 
 
+def status_badge(status: str) -> str:
+    """The status of a claim, coloured."""
+    return f'<span class="status {status.replace(" ", "-")}">{escape(status)}</span>'
+
+
 def claims_table(claims: Sequence[Claim]) -> str:
     """One row a claim: its name, its status, its sentence."""
     rows = "".join(
         f"<tr><td>{escape(claim.claim.replace('_', ' '))}</td>"
-        f'<td><span class="status {claim.status.replace(" ", "-")}">{claim.status}</span></td>'
+        f"<td>{status_badge(claim.status)}</td>"
         f"<td>{escape(claim.sentence)}</td></tr>"
         for claim in claims
     )

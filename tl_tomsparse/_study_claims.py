@@ -153,7 +153,7 @@ class _Maker:
         for family in families:
             if family in self.evidence.left_out:
                 return self.evidence.left_out[family]
-            if family not in self.compare.points:
+            if family not in self.compare.families:
                 return f"{family.replace('_', ' ')} was not measured for this model."
             if not self.evidence.sizes.get(family, 1):
                 return f"the mask {family.replace('_', ' ')} is empty at this kappa."
@@ -179,16 +179,16 @@ class _Maker:
             mask, other = (self.compare.accuracy(name, "false_belief").mean() for name in ("mask", family))
             return (
                 f"False-belief accuracy {falls} than under {what}: {percent(mask)} against "
-                f"{percent(other)} ({points(found)})."
+                f"{percent(other)} ({in_points(found)})."
             )
 
         return sentence
 
     def _random(self, family: str) -> tuple[str, Estimate, Test]:
         name = f"more_than_{family}"
-        few = len(self.compare.points.get(family, ())) < round(1 / ALPHA) - 1
+        few = len(self.compare.families.get(family, ())) < round(1 / ALPHA) - 1
         if few and self._obstacle(family) is None:
-            words = f"{len(self.compare.points[family])} random masks are too few; use at least 19."
+            words = f"{len(self.compare.families[family])} random masks are too few; use at least 19."
             return name, _NONE, Test(name, words, 1.0, False, str)
 
         def holds() -> bool:
@@ -219,7 +219,7 @@ class _Maker:
     def _selective(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls more" if yes else "is not shown to fall more"
-            return f"False belief {how} than true belief ({points(found)})."
+            return f"False belief {how} than true belief ({in_points(found)})."
 
         return self._test(
             "selective",
@@ -230,12 +230,12 @@ class _Maker:
         )
 
     def _dose(self) -> tuple[str, Estimate, Test]:
-        doses = {f"dose_{dose:g}": dose for dose in DOSES if f"dose_{dose:g}" in self.compare.points}
+        doses = {f"dose_{dose:g}": dose for dose in DOSES if f"dose_{dose:g}" in self.compare.families}
         families = [*doses, "mask"]
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls" if yes else "is not shown to fall"
-            return f"False-belief accuracy {how} with each doubling of kappa ({points(found)})."
+            return f"False-belief accuracy {how} with each doubling of kappa ({in_points(found)})."
 
         return self._test(
             "dose",
@@ -250,7 +250,7 @@ class _Maker:
             how = "gives back more" if yes else "is not shown to give back more"
             return (
                 f"Leaving the most sensitive half of the mask as it is {how} than leaving a random half "
-                f"({points(found)})."
+                f"({in_points(found)})."
             )
 
         return self._test(
@@ -284,7 +284,7 @@ class _Maker:
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "lowers" if yes else "is not shown to lower"
-            return f"The mask made from {of} stories {how} false belief in {to} stories ({points(found)})."
+            return f"The mask made from {of} stories {how} false belief in {to} stories ({in_points(found)})."
 
         return self._test(
             name, (of,), lambda: self.compare.change(of, "before", measure), Estimate.p_below, sentence
@@ -315,7 +315,7 @@ class _Maker:
     def _amplify(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "raises" if yes else "is not shown to raise"
-            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({points(found)})."
+            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({in_points(found)})."
 
         return self._test(
             "amplifying_helps",
@@ -332,7 +332,7 @@ class _Maker:
             before, tuned, random = map(percent, rates)
             return (
                 f"Training the masked weights alone {how} than training random ones: false belief {before} "
-                f"before, {tuned} and {random} ({points(found)})."
+                f"before, {tuned} and {random} ({in_points(found)})."
             )
 
         return self._test(
@@ -347,7 +347,7 @@ class _Maker:
 _TUNED = ("before", "tuned", "tuned_random")
 
 
-def points(found: Estimate) -> str:
+def in_points(found: Estimate) -> str:
     """A difference of accuracies as it is written in sentences."""
     value, low, high = (f"{100 * number:+.1f}" for number in (found.value, found.low, found.high))
     return f"difference {value} points, 95 % interval {low} to {high}"

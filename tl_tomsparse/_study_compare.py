@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tl_tomsparse._intervals import ClusterBootstrap, Estimate, proportion_interval
-from tl_tomsparse._points import Measures, Point
-from tl_tomsparse._prepared import PreparedScoring, PreparedText
+from tl_tomsparse._points import Measures
+from tl_tomsparse._study_answers import Answers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,44 +25,34 @@ SCENARIOS = {"transfer": "false_belief in transfer", "contents": "false_belief i
 
 
 class Comparer:
-    """Changes of accuracy between families of points on the same questions.
+    """Changes of accuracy between families of arms on the same questions.
 
     Args:
-        scoring: the questions.
-        text: the samples for perplexity.
-        points: the points of each family, one each or one a seed; "before" is the unedited model.
+        answers: of each family, one arm or one a seed; "before" is the unedited model.
         n_draws: how often groups are drawn again.
         seed: of the draws.
     """
 
-    def __init__(
-        self,
-        scoring: PreparedScoring,
-        text: PreparedText,
-        points: Mapping[str, Sequence[Point]],
-        *,
-        n_draws: int,
-        seed: int,
-    ) -> None:
-        questions = scoring.questions
+    def __init__(self, answers: Answers, *, n_draws: int, seed: int) -> None:
+        questions = answers.questions
         extra = {
             name: ((questions.category == "false_belief") & (questions.scenario == scenario)).to_numpy()
             for scenario, name in SCENARIOS.items()
         }
-        self.points, self.text = points, text
-        self.measures = Measures(scoring, extra)
+        self.answers, self.families = answers, answers.arms
+        self.measures = Measures(questions, extra)
         self._bootstrap = ClusterBootstrap(self.measures.n_groups, n_draws=n_draws, seed=seed)
         self._counts: dict[tuple[str, str], Floats] = {}
 
     def counts(self, family: str, measure: str) -> Floats:
         """Right answers `[groups, arms]`."""
         if (family, measure) not in self._counts:
-            correct = np.stack([point.correct for point in self.points[family]])
+            correct = self.answers.correct[self.families[family]]
             self._counts[family, measure] = self.measures.counts(correct, measure)
         return self._counts[family, measure]
 
     def change(self, family: str, other: str, measure: str) -> Estimate:
-        """Of one family against another; at least one of them has a single point."""
+        """Of one family against another; at least one of them has a single arm."""
         difference = self.counts(family, measure) - self.counts(other, measure)
         return self._bootstrap.ratio(difference, self.measures.totals[measure])
 
@@ -85,24 +75,25 @@ class Comparer:
         """Of each arm of a family."""
         return np.asarray(self.counts(family, measure).sum(0) / self.measures.totals[measure].sum())
 
-    def perplexity(self, point: Point) -> float:
-        """Of the text."""
-        return float(np.exp(point.nll.sum() / self.text.n_tokens.sum()))
+    def perplexity(self, family: str) -> Floats:
+        """Of the text, under each arm of a family."""
+        nll = self.answers.nll[self.families[family]].sum(1)
+        return np.asarray(np.exp(nll / self.answers.n_tokens.sum()))
 
     def table(self, chance: Mapping[str, float]) -> pd.DataFrame:
         """One row a family and measure; see `Study.accuracy`."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        for family, some in self.points.items():
+        for family, arms in self.families.items():
             for measure in self.measures.names:
                 values = self.accuracy(family, measure)
                 n = int(self.measures.totals[measure].sum())
-                if len(some) == 1:
+                if len(arms) == 1:
                     low, high = proportion_interval(round(values[0] * n), n)
                 else:
                     low, high = values.min(), values.max()
-                row = {"family": family, "arms": len(some), "measure": measure, "n": n}
+                row = {"family": family, "arms": len(arms), "measure": measure, "n": n}
                 row |= {"accuracy": values.mean(), "low": low, "high": high}
                 rows.append({**row, "chance": chance.get(measure, np.nan)})
         return pd.DataFrame(rows)

@@ -47,6 +47,7 @@ class Material:
         dev: dev stories.
         dev_text: dev text.
         scoring: held-out questions of all kinds.
+        prompts: theirs.
         text: held-out text.
         answers: held-out false-belief questions with their answers, for the loss.
         left_out: controls that the stories do not give, and why.
@@ -58,6 +59,7 @@ class Material:
     dev: list[Story]
     dev_text: Samples
     scoring: PreparedScoring
+    prompts: tuple[str, ...]
     text: PreparedText
     answers: Samples
     left_out: Mapping[str, str]
@@ -89,7 +91,8 @@ def make_material(model: Any, settings: StudySettings, own: Stories | None = Non
     tasks["shuffled_labels"] = some(relabelled(task, "shuffled", seed=seed), "false_belief")
     tasks["last_token"] = some(task, "false_belief", supervise="last_token")
     tasks = {name: samples[: min(len(samples), n_samples)] for name, samples in tasks.items()}
-    scoring = prepare_scoring(model, [*stories.test, *stories.beside], prepend_bos=bos, pack=True)
+    held_out = [*stories.test, *stories.beside]
+    scoring = prepare_scoring(model, held_out, prepend_bos=bos, pack=True)
     text = prepare_text(model, windows(max(10, settings.windows // 4), "test"))
     dev_text = windows(max(10, settings.windows // 4) // 2, "dev")
     answers = some(stories.test, "false_belief")
@@ -104,6 +107,7 @@ def make_material(model: Any, settings: StudySettings, own: Stories | None = Non
         stories.dev,
         dev_text,
         scoring,
+        tuple(story.prompt(question) for story in held_out for question in story.questions),
         text,
         answers,
         stories.left_out,

@@ -48,7 +48,7 @@ def choose(
         dev_stories=material.dev,
         dev_text=material.dev_text,
         kappas=kappas,
-        n_random=settings.random_masks,
+        n_random=min(FEW, settings.random_masks),
         seed=settings.seed,
         prepend_bos=settings.prepend_bos,
         **bars,

@@ -1,4 +1,6 @@
-"""`tomsparse run`: the whole path into one folder with one HTML page."""
+"""`tomsparse run`: the whole path into one folder with one HTML page; `tomsparse compare`: studies side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from transformers.utils import logging
 
 from tl_tomsparse import __version__
 from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse.comparison import compare_studies
+from tl_tomsparse.comparison_report import write_comparison_page
 from tl_tomsparse.models import Backend, load_model
 from tl_tomsparse.pipeline import Dtype, RunSettings, run_pipeline
-from tl_tomsparse.study import Study, StudySettings, study
+from tl_tomsparse.study import Study, StudySettings, read_study, study
 
 app = typer.Typer(
     add_completion=False,
@@ -136,6 +140,35 @@ def run(
     for claim in claims:
         typer.echo(f"{claim.status:>13}  {claim.claim.replace('_', ' ')}: {claim.sentence}")
     typer.echo("\n" + "\n".join(map(str, pages)))
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Of finished studies, two or more; claims are about the first one.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page, an HTML file.")],
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="What to call a model; once for each folder, in order. Its own name by default."),
+    ] = None,
+) -> None:
+    """Set finished studies of several models side by side: is what the mask does particular to the first?"""
+    try:
+        studies = [read_study(folder) for folder in folders]
+        labels = label or [found.facts["identity"]["name"] for found in studies]
+        if len(labels) != len(studies) or len(set(labels)) < len(labels):
+            raise TomsparseError(
+                f"{len(studies)} studies cannot be called {', '.join(labels)}; give each its own --label."
+            )
+        found = compare_studies(dict(zip(labels, studies)))
+        write_comparison_page(out, found)
+    except TomsparseError as error:
+        typer.echo(f"tomsparse: {error}", err=True)
+        raise typer.Exit(2) from None
+    for claim in found.claims:
+        typer.echo(f"{claim.status:>13}  {claim.claim.replace('_', ' ')}: {claim.sentence}")
+    typer.echo(f"\n{out}")
 
 
 def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, processes: int, quiet: bool) -> Study:

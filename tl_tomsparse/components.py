@@ -244,7 +244,7 @@ class _Meter:
             self.scoring = prepare_scoring(
                 model, stories, prepend_bos=prepend_bos, batch_tokens=batch_tokens, pack=True
             )
-            self.counted = Measures(self.scoring)
+            self.counted = Measures(self.scoring.questions)
         self.text = None if text is None else prepare_text(model, text, batch_tokens=batch_tokens)
 
     def state(self, edit: SparseEdit | None = None) -> _State:

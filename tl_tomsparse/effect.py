@@ -193,7 +193,7 @@ class _Tables:
         meta: dict[str, Any],
     ) -> None:
         self.scoring, self.text, self.points, self.meta = scoring, text, points, meta
-        self.measures = Measures(scoring)
+        self.measures = Measures(scoring.questions)
         seed, n_draws = meta["seed"], meta["n_draws"]
         self._by_group = ClusterBootstrap(self.measures.n_groups, n_draws=n_draws, seed=seed)
         # Losses are continuous, so "no change in any" means no change: nothing to smooth.

@@ -172,7 +172,7 @@ def kappa_sweep(
     )
     text = prepare_text(model, dev_text, batch_tokens=batch_tokens)
     meter = PointMeter(model, scoring, text, operator=operator, on_point=on_point, resume=resume)
-    measures = Measures(scoring)
+    measures = Measures(scoring.questions)
     n_tokens = int(text.n_tokens.sum())
     rows: list[dict[str, Any]] = []
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import proportion_interval
+from tl_tomsparse._plot_comparison import study_comparison
 from tl_tomsparse._plot_components import component_effects
 from tl_tomsparse._plot_frequencies import frequency_norms, mask_by_frequency
 from tl_tomsparse._plot_heads import (
@@ -53,6 +54,7 @@ __all__ = [
     "recovery_path",
     "sinks",
     "study_arms",
+    "study_comparison",
     "study_doses",
     "study_localisation",
     "study_overlaps",

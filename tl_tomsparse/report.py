@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tl_tomsparse import plot
 from tl_tomsparse._artifacts import write_text
-from tl_tomsparse._report_parts import STYLE, Figures, claims_table, html_table
+from tl_tomsparse._report_parts import Figures, claims_table, html_page, html_table
 from tl_tomsparse._report_position import position_section
 
 if TYPE_CHECKING:
@@ -67,12 +67,7 @@ def report_html(result: RunResult) -> str:
         "<h2>Files, command and versions</h2>",
         _files(result),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(name)}: sparse weights</title>"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return html_page(f"{name}: sparse weights", body)
 
 
 def _width(mask: SparseMask) -> int:
@@ -122,8 +117,8 @@ def _settings(result: RunResult) -> str:
         f"{settings.test_stories} test (reported)",
         "general text": f"{settings.windows} windows of {settings.length} tokens (sensitivity), "
         f"{meta['n_text_samples']} held out (perplexity)",
-        "controls": f"{settings.random_masks} random masks (sweep: {settings.sweep_masks}), the general-only and "
-        "the ToM-only mask",
+        "controls": f"{settings.random_masks} random masks (sweep: {settings.sweep_masks}), the general-only "
+        "and the ToM-only mask",
         "position": f"{result.position.meta['n_samples']} held-out stories",
         "BOS token": f"{result.facts['bos_token']}, first in every sample"
         if settings.prepend_bos

@@ -25,15 +25,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_tomsparse._artifacts import write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
 from tl_tomsparse._model import view
 from tl_tomsparse._points import Point
+from tl_tomsparse._study_answers import Answers, collect_answers
 from tl_tomsparse._study_arms import matches_for
 from tl_tomsparse._study_battery import BatterySection, study_battery
 from tl_tomsparse._study_claims import Evidence, StudyClaim, claims_of
 from tl_tomsparse._study_compare import Comparer
+from tl_tomsparse._study_files import read_parts, write_study
 from tl_tomsparse._study_heads import HeadSection, study_heads
 from tl_tomsparse._study_material import (
     OTHER_LABELS,
@@ -52,7 +53,6 @@ from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.sensitivity import Sensitivity
 from tl_tomsparse.stories import Story
-from tl_tomsparse.verdict import Claim
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +78,7 @@ class Study:
         heads: the same question for whole heads: claims of their own family, figures and frames by title.
         battery: finding things again by distance, and two kinds of text: claims of their own family, scores
             and changes.
+        answers: which arm has which question right, and what text costs it; what the tables are made of.
         kappa: of all of them.
         facts: the model's identity, settings, versions, and how much of what was measured.
     """
@@ -91,6 +92,7 @@ class Study:
     masks: Mapping[str, SparseMask] = field(repr=False)
     heads: HeadSection = field(repr=False)
     battery: BatterySection = field(repr=False)
+    answers: Answers = field(repr=False)
     kappa: float
     facts: dict[str, Any] = field(repr=False)
 
@@ -215,9 +217,21 @@ def study(
             facts,
         )
         progress("Writing the page")
-        _write(out, result)
+        write_study(out, result)
         write_study_page(out / "study.html", result)
     return result
+
+
+def read_study(folder: str | Path) -> Study:
+    """A finished study as it was, without its model and without running anything again.
+
+    Args:
+        folder: that [`study`][] or `tomsparse run --study` wrote it to.
+
+    Raises:
+        TomsparseError: no folder, no study in it, a study that is not finished, or files of another one.
+    """
+    return Study(**read_parts(Path(folder)))
 
 
 def _assemble(
@@ -237,13 +251,15 @@ def _assemble(
     """Tables and claims from what was measured."""
     import pandas as pd
 
-    compare = Comparer(material.scoring, material.text, points, n_draws=settings.n_draws, seed=settings.seed)
+    families = [row["family"] for row in rows]
+    answers = collect_answers(material.scoring, material.text, material.prompts, points, families)
+    compare = Comparer(answers, n_draws=settings.n_draws, seed=settings.seed)
     taken: dict[str, int] = {}
     for row in rows:
         at = taken.get(row["family"], 0)
         taken[row["family"]] = at + 1
         row |= {name: compare.accuracy(row["family"], name)[at] for name in compare.measures.names}
-        row["perplexity"] = compare.perplexity(points[row["family"]][at])
+        row["perplexity"] = compare.perplexity(row["family"])[at]
     sizes = {row["family"]: row["n_weights"] for row in rows}
     as_effect = {"before": points["before"], "mask": points["mask"], "random": points["random_matrix"]}
     n_weights = dict.fromkeys(("mask", "random"), sizes["mask"]) | {"before": 0}
@@ -293,6 +309,7 @@ def _assemble(
         masks,
         heads,
         battery,
+        answers,
         kappa,
         facts,
     )
@@ -302,7 +319,7 @@ def _comparisons(compare: Comparer) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for family in compare.points:
+    for family in compare.families:
         if family == "mask":
             continue
         for name in compare.measures.names:
@@ -310,21 +327,3 @@ def _comparisons(compare: Comparer) -> pd.DataFrame:
             row = {"family": family, "measure": name, "value": found.value}
             rows.append({**row, "low": found.low, "high": found.high, "p": found.p_differs()})
     return pd.DataFrame(rows)
-
-
-def _write(out: Path, result: Study) -> None:
-    for mask_name, mask in result.masks.items():
-        mask.save(out / f"mask_{mask_name}.safetensors")
-    for table in ("arms", "accuracy", "comparisons", "overlaps", "losses"):
-        frame = getattr(result, table)
-        write_bytes(out / f"{table}.parquet", frame.to_parquet(index=False))
-    for name in ("scores", "changes"):
-        frame = getattr(result.battery, name)
-        write_bytes(out / f"localisation_{name}.parquet", frame.to_parquet(index=False))
-    families: dict[str, Sequence[Claim]] = {
-        "claims": result.claims,
-        "heads": result.heads.claims,
-        "battery": result.battery.claims,
-    }
-    listed = {name: [claim.to_dict() for claim in claims] for name, claims in families.items()}
-    write_json(out / "study.json", {**result.facts, **listed})

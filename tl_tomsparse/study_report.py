@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tl_tomsparse import plot
 from tl_tomsparse._artifacts import write_text
 from tl_tomsparse._plot_study import label
-from tl_tomsparse._report_parts import STYLE, Figures, claims_table, html_table
+from tl_tomsparse._report_parts import Figures, claims_table, html_page, html_table, status_badge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,11 +63,7 @@ def study_html(study: Study) -> str:
         "<h2>Settings and versions</h2>",
         _facts(study),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: study</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return html_page(f"{facts['identity']['name']}: study", body)
 
 
 def power(study: Study) -> str:
@@ -109,7 +105,7 @@ def _claims(claims: list[StudyClaim]) -> str:
                 interval += f"<small>{claim.low:+.3f} to {claim.high:+.3f}</small>"
         rows.append(
             f"<tr><td>{escape(claim.claim.replace('_', ' '))}</td>"
-            f'<td><span class="status {claim.status.replace(" ", "-")}">{claim.status}</span></td>'
+            f"<td>{status_badge(claim.status)}</td>"
             f"<td>{interval}</td><td>{escape(claim.sentence)}</td><td>{escape(claim.paper)}</td></tr>"
         )
     head = "<tr><th>claim</th><th>verdict</th><th>estimate</th><th>evidence</th><th>the paper</th></tr>"
