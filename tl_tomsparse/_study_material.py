@@ -12,13 +12,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_tomsparse._material import general_texts
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_tomsparse._material import general_texts, stored_sensitivity
 from tl_tomsparse._prepared import PreparedScoring, PreparedText, prepare_scoring, prepare_text
 from tl_tomsparse.localisation import key_value_stories
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import rank_entries, top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
-from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
+from tl_tomsparse.sensitivity import Sensitivity
 from tl_tomsparse.stories import Story, generate_photographs, generate_stories, generate_texts, relabelled
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class Material:
         scoring: held-out questions of all kinds.
         text: held-out text.
         answers: held-out false-belief questions with their answers, for the loss.
+        answer_groups: the group of stories that each of `answers` is of; twins are one.
         digest: of all of it.
     """
 
@@ -60,6 +64,7 @@ class Material:
     scoring: PreparedScoring
     text: PreparedText
     answers: Samples
+    answer_groups: NDArray[np.int64]
     digest: str
 
 
@@ -126,8 +131,10 @@ def make_material(model: Any, settings: StudySettings) -> Material:
         digest.update(prepare_text(model, samples).reads.digest.encode())
     dev_digest = prepare_scoring(model, dev, prepend_bos=bos, pack=True).digest
     digest.update(f"{dev_digest} {scoring.digest} {text.reads.digest}".encode())
+    group_of = {story.id: story.group or story.id for story in test}
+    _, groups = np.unique([group_of[name.rpartition(":")[0]] for name in answers.ids], return_inverse=True)
     return Material(
-        tasks, some(task, "false_belief"), dev, dev_text, scoring, text, answers, digest.hexdigest()
+        tasks, some(task, "false_belief"), dev, dev_text, scoring, text, answers, groups, digest.hexdigest()
     )
 
 
@@ -153,16 +160,9 @@ def make_sensitivities(
     found: dict[str, Sensitivity] = {}
     for name, samples in material.tasks.items():
         path = folder / f"sensitivity_{name}.safetensors"
-        if path.exists():
-            found[name] = Sensitivity.load(path)
-            continue
-        progress(f"Sensitivity to {len(samples)} samples of {name.replace('_', ' ')}")
-        partial = path.with_suffix(".partial.safetensors")
-        found[name] = fisher_diagonal(
-            model, samples, matrices=settings.matrices, checkpoint=partial, show_progress=show_progress
-        )
-        found[name].save(path)
-        partial.unlink(missing_ok=True)
+        if not path.exists():
+            progress(f"Sensitivity to {len(samples)} samples of {name.replace('_', ' ')}")
+        found[name] = stored_sensitivity(model, samples, settings.matrices, path, show_progress=show_progress)
     return _with_task(found)
 
 

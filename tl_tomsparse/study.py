@@ -310,7 +310,16 @@ def _assemble(
     overlaps, halves = mask_overlaps(masks, sensitivities, kappa)
     random = tuple(f"random_{match}" for match in matches_for(model, masks["mask"]) if match != "matrix")
     evidence = Evidence(
-        found, compare, halves, losses["mask", None], CONTROLS, random, sizes, settings.n_draws, settings.seed
+        found,
+        compare,
+        halves,
+        losses["mask", None],
+        material.answer_groups,
+        CONTROLS,
+        random,
+        sizes,
+        settings.n_draws,
+        settings.seed,
     )
     chance = found.accuracy[found.accuracy.arm == "before"].set_index("measure").chance.to_dict()
     facts = facts | {
@@ -358,6 +367,5 @@ def _write(out: Path, result: Study) -> None:
         frame = getattr(result, table)
         write_bytes(out / f"{table}.parquet", frame.to_parquet(index=False))
     claims = [claim.to_dict() for claim in result.claims]
-    clean = json.loads(json.dumps(claims, allow_nan=True).replace("NaN", "null"))
     about_heads = [claim.to_dict() for claim in result.heads.claims]
-    write_json(out / "study.json", {**result.facts, "claims": clean, "heads": about_heads})
+    write_json(out / "study.json", {**result.facts, "claims": claims, "heads": about_heads})
