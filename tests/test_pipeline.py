@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tl_tomsparse import _fisher_progress, _folder, experiment, pipeline, sensitivity
+from tl_tomsparse import _fisher_progress, _folder, _material, experiment, pipeline, sensitivity
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
 from tl_tomsparse._points import PointMeter
@@ -128,7 +128,7 @@ def test_masks_load_back_and_know_their_model(finished):
 
 def test_a_finished_run_says_the_same_again_and_measures_nothing(finished, copied, monkeypatch):
     monkeypatch.setattr(PointMeter, "_record", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(pipeline, "fisher_diagonal", lambda *_, **__: pytest.fail("differentiated again"))
+    monkeypatch.setattr(_material, "fisher_diagonal", lambda *_, **__: pytest.fail("differentiated again"))
     run(copied)
     assert (copied / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
     assert (copied / "report.html").read_bytes() == (finished[0] / "report.html").read_bytes()
@@ -346,14 +346,14 @@ def test_text_that_is_none_is_refused(tmp_path, content, match):
     ],
 )
 def test_what_the_model_tells_is_refused_before_long_work(tmp_path, monkeypatch, changes, match):
-    monkeypatch.setattr(pipeline, "fisher_diagonal", lambda *_, **__: pytest.fail("long work"))
+    monkeypatch.setattr(_material, "fisher_diagonal", lambda *_, **__: pytest.fail("long work"))
     with pytest.raises(TomsparseError, match=match):
         run(tmp_path / "run", **changes)
     assert not list(tmp_path.iterdir())
 
 
 def test_short_text_and_a_tokenizer_without_bos_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "fisher_diagonal", lambda *_, **__: pytest.fail("long work"))
+    monkeypatch.setattr(_material, "fisher_diagonal", lambda *_, **__: pytest.fail("long work"))
     (tmp_path / "text").write_text("Sally puts the ball in the basket.")
     with pytest.raises(TomsparseError, match=r"give more text, .*\(--text, --windows, --length\)"):
         run(tmp_path / "run", text=(str(tmp_path / "text"),))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import tl_tomsparse as tt
 from tests import tiny
 from tests.test_effect import ABLE, Planted
-from tl_tomsparse import _study_material, _study_measure, cli
+from tl_tomsparse import _material, _study_measure, cli
 from tl_tomsparse._folder import read_points
 from tl_tomsparse._model import view
 from tl_tomsparse._overlap import Overlap, overlap
@@ -45,6 +45,8 @@ def evidence(
     n_random: int = 20,
     halves: Overlap | None = None,
     loss: tuple[float, float] = (0.5, 0.45),
+    spread: float = 0.1,
+    copies: int = 1,
     n_stories: int = 200,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def evidence(
         planted.scoring, planted.text, as_effect, {"before": 0, "mask": 40, "random": 40}, dict(META)
     )
     true, diagonal = loss
-    noise = np.random.default_rng(0).standard_normal(200) * 0.1
+    noise = np.random.default_rng(0).standard_normal(200 // copies).repeat(copies) * spread
     samples = {"true": true + noise, "first": noise, "curvature": noise, "second_order": 2 * noise}
     claims = claims_of(
         Evidence(
@@ -79,6 +81,7 @@ def evidence(
             compare,
             halves or Overlap(20, (40, 40), 0.1, 1e-9),
             LossChange(samples, diagonal, 40),
+            np.arange(200) // copies,
             CONTROLS,
             RANDOM,
             dict.fromkeys(families, 40),
@@ -163,6 +166,31 @@ def test_a_diagonal_that_is_far_off_predicts_nothing(true: float) -> None:
     assert statuses(loss=(true, 0.45))["diagonal_predicts"] == "not supported"
 
 
+def test_losses_of_one_group_of_stories_are_drawn_again_together() -> None:
+    """Twenty equal answers to each of ten stories are ten observations and no more."""
+    few, many = (evidence(spread=0.3, copies=copies)["diagonal_predicts"] for copies in (20, 1))
+    assert few.high - few.low > 2.5 * (many.high - many.low)
+
+
+@pytest.mark.parametrize(
+    ("claim", "rates"),
+    [
+        ("tuning_helps", {"tuned": 0.75, "tuned_random": 0.3}),
+        ("rescue", {"rescue_0.5": 0.3, "rescue_0.5_random": 0.05}),
+        ("more_than_lowest", {"mask": 0.85, "lowest": 0.99}),
+    ],
+)
+def test_better_than_another_is_not_enough_where_the_sentence_says_more(
+    claim: str, rates: dict[str, float]
+) -> None:
+    """Training that harms less than another has not helped, and so on."""
+    given = {name: {"false_belief": rate} for name, rate in rates.items()}
+    found = evidence(given, before={"false_belief": 0.8})[claim]
+    assert found.p is not None
+    assert found.p < 0.05
+    assert found.status == "not supported"
+
+
 def test_more_claims_make_each_harder() -> None:
     """A p-value of 0.01 does not survive among thirty."""
     found = evidence(halves=Overlap(3, (40, 40), 1.0, 0.01), rates={"mask": {}})
@@ -195,6 +223,30 @@ def test_the_null_of_an_overlap_is_hypergeometric() -> None:
     )
     assert found.p == pytest.approx(p)
     assert overlap(mask([], []), mask([1], [])).p == pytest.approx(1.0)
+
+
+def test_what_two_masks_leave_out_is_not_counted_as_chance() -> None:
+    """Random masks without a common third are drawn from the rest; their overlap is no surprise."""
+    identity = view(tiny.model("llama")).identity()
+    rng = np.random.default_rng(0)
+
+    def mask(entries: Any) -> tt.SparseMask:
+        return tt.SparseMask(identity, {(0, "Q"): (1, 30, 40)}, {(0, "Q"): torch.as_tensor(entries)})
+
+    general = mask(np.arange(400))
+    p = []
+    for _ in range(200):
+        a, b = (mask(400 + rng.choice(800, 200, replace=False)) for _ in range(2))
+        found = overlap(a, b, without=general)
+        assert found.expected == 200 * 200 / 800
+        p.append((found.p, overlap(a, b).p))
+    inside, everywhere = np.array(p).T
+    assert abs((inside <= 0.2).mean() - 0.2) < 0.1
+    assert (everywhere <= 0.2).mean() > 0.8  # what the wrong null would say
+    assert overlap(a, general, without=general).expected == 0
+    assert overlap(a, general, without=general).p == 1
+    with pytest.raises(tt.TomsparseError, match="should be without"):
+        overlap(general, a, without=general)
 
 
 def test_parts_of_a_mask_are_the_most_sensitive_or_random_entries() -> None:
@@ -242,7 +294,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[tt.Study, Path]:
         raise AssertionError("a finished sensitivity was computed again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_study_material, "fisher_diagonal", again)
+        patch.setattr(_material, "fisher_diagonal", again)
         found = tt.study(model, out, SMALL, show_progress=False)
     after = (out / "points.jsonl").read_bytes().count(b"\n")
     assert after == measured + 2  # the trained mask and the trained random one

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -139,6 +140,11 @@ def _header(path: Path, text: str | None, kind: str) -> dict[str, Any]:
             "update tl_tomsparse."
         )
     return header
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file, which only a killed process leaves behind."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
 @contextmanager

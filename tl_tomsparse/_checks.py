@@ -38,6 +38,16 @@ def check_positive(name: str, value: int) -> None:
         raise TomsparseError(f"{name}={value!r} must be at least 1.")
 
 
+def check_grad_mode() -> None:
+    """Refuse inference mode, in which no gradient can be taken; `torch.no_grad` can be left from within."""
+    import torch
+
+    if torch.is_inference_mode_enabled():
+        raise TomsparseError(
+            "torch.inference_mode() is on, and gradients are needed here; leave its `with` block first."
+        )
+
+
 def check_same_weights(thing: str, made_from: ModelIdentity, other: str, found: ModelIdentity) -> None:
     """Refuse to bring together two things that are about different weights, such as a mask and a model."""
     if not made_from.same_weights(found):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
+from tl_tomsparse._channels import order
 from tl_tomsparse._checks import TomsparseError, check_same_weights
-from tl_tomsparse._model import MATRICES, Key, ModelIdentity
+from tl_tomsparse._model import Key, ModelIdentity
 from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
     from tl_tomsparse.sensitivity import FisherAccumulator
 
-_ORDER: dict[str, int] = {matrix: place for place, matrix in enumerate(MATRICES)}
 _KIND = "tomsparse.fisher_progress"
 _CHECKPOINT_SECONDS = 20.0
 
@@ -86,5 +86,4 @@ def file_name(key: Key) -> str:
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[Key, Tensor]:
     """Tensors by key, in the order of layers and of the matrices in a layer."""
     keys = {(int(layer), matrix): name for name in tensors for layer, matrix in [name.split(".")]}
-    ordered = sorted(keys, key=lambda key: (key[0], _ORDER[key[1]]))
-    return {key: tensors[keys[key]] for key in ordered}
+    return {key: tensors[keys[key]] for key in sorted(keys, key=order)}

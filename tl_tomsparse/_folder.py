@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tl_tomsparse._artifacts import read_json, write_bytes, write_json
+from tl_tomsparse._artifacts import is_leftover, read_json, write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._points import PointRecord
 
@@ -44,7 +44,7 @@ def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
             raise TomsparseError(f"{out} lies below {place}, which is a file; pass another folder for --out.")
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(f"{place} is not writable")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(not is_leftover(path) for path in out.iterdir()):
             _check_same(out, "settings", _run_file(out)["settings"], dict(settings))
 
 
@@ -62,6 +62,9 @@ def claim_folder(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TomsparseError: a run of other settings, weights or samples.
     """
+    for path in out.iterdir():  # of a run that was killed while it wrote
+        if is_leftover(path):
+            path.unlink()
     claimed: dict[str, Any] = {"format": FORMAT, **facts, "earlier_starts": []}
     if (out / "run.json").exists():
         earlier = _run_file(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._prepared import prepare_scoring, prepare_text
 from tl_tomsparse.samples import Samples, story_samples, text_samples
+from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
 from tl_tomsparse.stories import CATEGORIES, Story, generate_stories, generate_texts
 
 if TYPE_CHECKING:
@@ -39,6 +40,22 @@ class Material:
     test_text: Samples
     position: Samples
     digest: str
+
+
+def stored_sensitivity(
+    model: Any, samples: Samples, matrices: Collection[str], path: Path, *, show_progress: bool
+) -> Sensitivity:
+    """The sensitivity in a file; made if it is not there, from half of one if that is beside it."""
+    partial = path.with_suffix(".partial.safetensors")
+    if path.exists():
+        found = Sensitivity.load(path)
+    else:
+        found = fisher_diagonal(
+            model, samples, matrices=matrices, checkpoint=partial, show_progress=show_progress
+        )
+        found.save(path)
+    partial.unlink(missing_ok=True)  # also that of a run that was killed between the two
+    return found
 
 
 def make_material(model: Any, settings: RunSettings) -> Material:

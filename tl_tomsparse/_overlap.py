@@ -1,8 +1,8 @@
 """How much two masks have in common, against two random masks of the same sizes.
 
 Jaccard = |A and B| / |A or B|
-null: in each matrix of d entries, a of which are in A and b in B, a hypergeometric number in common;
-      the sum over matrices by exact convolution
+null: in each matrix of d entries that may be chosen, a of which are in A and b in B, a hypergeometric number
+      in common; the sum over matrices by exact convolution
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse.mask import SparseMask
 
 
@@ -45,22 +46,32 @@ class Overlap:
         return self.expected / either if either else float("nan")
 
 
-def overlap(a: SparseMask, b: SparseMask) -> Overlap:
+def overlap(a: SparseMask, b: SparseMask, *, without: SparseMask | None = None) -> Overlap:
     """The overlap of two masks of the same weights.
 
+    Args:
+        a: has no entry of `without`.
+        b: may have some; they are never in common.
+        without: entries that `a` was kept out of, such as those of general text: chance, too, draws from the
+            others alone. Otherwise masks that share nothing but what they leave out would seem alike.
+
     Raises:
-        TomsparseError: they are of different weights.
+        TomsparseError: they are of different weights, or `a` has entries of `without`.
     """
     from scipy.stats import hypergeom
 
     common = a & b
+    apart = a - a if without is None else without
+    if shared := len(a & apart):
+        raise TomsparseError(f"The first mask has {shared} of the entries that it should be without.")
+    inside = b - apart
     null: NDArray[np.float64] = np.ones(1)
     lowest, expected = 0, 0.0
-    for key, index in common.entries.items():
-        d, n_a, n_b = prod(a.shapes[key]), len(a.entries[key]), len(b.entries[key])
-        del index
+    for key in common.entries:
+        d = prod(a.shapes[key]) - len(apart.entries.get(key, ()))
+        n_a, n_b = len(a.entries[key]), len(inside.entries[key])
         least, most = max(0, n_a + n_b - d), min(n_a, n_b)
         null = np.convolve(null, hypergeom(d, n_a, n_b).pmf(np.arange(least, most + 1)))
-        lowest, expected = lowest + least, expected + n_a * n_b / d
+        lowest, expected = lowest + least, expected + (n_a * n_b / d if d else 0.0)
     tail = float(null[max(0, len(common) - lowest) :].sum())
     return Overlap(len(common), (len(a), len(b)), expected, min(1.0, tail))

@@ -12,6 +12,9 @@
     amplifying_helps         1.5 times the masked weights raises false-belief accuracy
     tuning_helps             the trained mask raises false-belief accuracy more than trained random masks
 
+A comparison is supported only where its sentence is true of the numbers too: what falls more has fallen, what
+gives back more gives back, what helps more has helped.
+
 Every claim that has no obstacle is one of a family with Holm-adjusted p-values at 0.05. "paper" says where
 arXiv 2504.04238 stands; "not asked" where it has no such control.
 """
@@ -22,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tl_tomsparse._intervals import ClusterBootstrap, Estimate
 from tl_tomsparse._overlap import Overlap
@@ -79,12 +83,13 @@ class StudyClaim(Claim):
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What claims are read off."""
+    """What claims are read off; `loss_groups` has the group of stories of each sample of `loss`."""
 
     effect: Effect
     compare: Comparer
     halves: Overlap
     loss: LossChange
+    loss_groups: NDArray[np.int64]
     controls: tuple[str, ...]
     random: tuple[str, ...]
     sizes: Mapping[str, int]
@@ -194,7 +199,7 @@ class _Maker:
         def holds() -> bool:
             seeds = self.compare.accuracy(family, "false_belief")
             as_low = int((seeds <= self.compare.accuracy("mask", "false_belief")[0]).sum())
-            return bool((1 + as_low) / (1 + len(seeds)) <= ALPHA + 1e-9)
+            return self._falls() and bool((1 + as_low) / (1 + len(seeds)) <= ALPHA + 1e-9)
 
         return self._test(
             name,
@@ -214,7 +219,16 @@ class _Maker:
             lambda: self.compare.change("mask", family, "false_belief"),
             Estimate.p_below,
             self._below(family, what),
+            self._falls,
         )
+
+    def _falls(self) -> bool:
+        """Whether there is a fall at all: less than another rise is no fall."""
+        return self._higher("before", "mask")
+
+    def _higher(self, family: str, other: str) -> bool:
+        of, than = (self.compare.accuracy(name, "false_belief").mean() for name in (family, other))
+        return bool(of > than)
 
     def _selective(self) -> tuple[str, Estimate, Test]:
         def sentence(found: Estimate, yes: bool) -> str:
@@ -227,6 +241,7 @@ class _Maker:
             lambda: self.compare.interaction("mask", "false_belief", "true_belief"),
             Estimate.p_below,
             sentence,
+            self._falls,
         )
 
     def _dose(self) -> tuple[str, Estimate, Test]:
@@ -259,6 +274,7 @@ class _Maker:
             lambda: self.compare.change("rescue_0.5", "rescue_0.5_random", "false_belief"),
             Estimate.p_above,
             sentence,
+            lambda: self._higher("rescue_0.5", "mask"),
         )
 
     def _stable(self) -> tuple[str, Estimate, Test]:
@@ -295,10 +311,11 @@ class _Maker:
         if not self.evidence.sizes["mask"]:
             return name, _NONE, Test(name, "the mask is empty, so nothing was edited.", 1.0, False, str)
         true = loss.samples["true"]
+        groups = self.evidence.loss_groups
         bootstrap = ClusterBootstrap(
-            len(true), n_draws=self.evidence.n_draws, seed=self.evidence.seed, smooth=False
+            int(groups.max()) + 1, n_draws=self.evidence.n_draws, seed=self.evidence.seed, smooth=False
         )
-        found = bootstrap.ratio(true, np.ones(len(true)))
+        found = bootstrap.ratio(np.bincount(groups, weights=true), np.bincount(groups).astype(np.float64))
         low, high = sorted((loss.diagonal / 2, loss.diagonal * 2))
 
         def sentence(yes: bool) -> str:
@@ -341,6 +358,7 @@ class _Maker:
             lambda: self.compare.change("tuned", "tuned_random", "false_belief"),
             Estimate.p_above,
             sentence,
+            lambda: self._higher("tuned", "before"),
         )
 
 

@@ -68,8 +68,12 @@ class Comparer:
         """Least-squares slope of accuracy on log2(dose): the change for each doubling."""
         x = np.log2(np.asarray(doses))
         x = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-        total = sum(weight * self.counts(family, measure).mean(1) for weight, family in zip(x, families))
-        return self._bootstrap.ratio(np.asarray(total), self.measures.totals[measure])
+        # In units of the steepest slope that an answer can have: so steep are the groups, too, that smoothing
+        # adds, which lose or gain every answer.
+        steepest = np.abs(x).sum() / 2
+        total = sum(w * self.counts(family, measure).mean(1) for w, family in zip(x / steepest, families))
+        found = self._bootstrap.ratio(np.asarray(total), self.measures.totals[measure])
+        return Estimate(*(steepest * part for part in (found.value, found.low, found.high, found.draws)))
 
     def accuracy(self, family: str, measure: str) -> Floats:
         """Of each arm of a family."""

@@ -12,13 +12,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_tomsparse._material import general_texts
+import numpy as np
+from numpy.typing import NDArray
+
+from tl_tomsparse._material import general_texts, stored_sensitivity
 from tl_tomsparse._prepared import PreparedScoring, PreparedText, prepare_scoring, prepare_text
 from tl_tomsparse._study_stories import CHUNKS, Stories, facts, generated_set, own_set, parts
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import rank_entries, top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
-from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
+from tl_tomsparse.sensitivity import Sensitivity
 from tl_tomsparse.stories import Story, generate_texts, relabelled
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class Material:
         prompts: theirs.
         text: held-out text.
         answers: held-out false-belief questions with their answers, for the loss.
+        answer_groups: the group of stories that each of `answers` is of; twins are one.
         left_out: controls that the stories do not give, and why.
         digest: of all of it.
     """
@@ -62,6 +66,7 @@ class Material:
     prompts: tuple[str, ...]
     text: PreparedText
     answers: Samples
+    answer_groups: NDArray[np.int64]
     left_out: Mapping[str, str]
     digest: str
 
@@ -101,6 +106,8 @@ def make_material(model: Any, settings: StudySettings, own: Stories | None = Non
         digest.update(prepare_text(model, samples).reads.digest.encode())
     dev_digest = prepare_scoring(model, stories.dev, prepend_bos=bos, pack=True).digest
     digest.update(f"{dev_digest} {scoring.digest} {text.reads.digest}".encode())
+    group_of = {story.id: story.group or story.id for story in stories.test}
+    _, groups = np.unique([group_of[name.rpartition(":")[0]] for name in answers.ids], return_inverse=True)
     return Material(
         tasks,
         some(task, "false_belief"),
@@ -110,6 +117,7 @@ def make_material(model: Any, settings: StudySettings, own: Stories | None = Non
         tuple(story.prompt(question) for story in held_out for question in story.questions),
         text,
         answers,
+        groups,
         stories.left_out,
         digest.hexdigest(),
     )
@@ -130,16 +138,9 @@ def make_sensitivities(
     found: dict[str, Sensitivity] = {}
     for name, samples in material.tasks.items():
         path = folder / f"sensitivity_{name}.safetensors"
-        if path.exists():
-            found[name] = Sensitivity.load(path)
-            continue
-        progress(f"Sensitivity to {len(samples)} samples of {name.replace('_', ' ')}")
-        partial = path.with_suffix(".partial.safetensors")
-        found[name] = fisher_diagonal(
-            model, samples, matrices=settings.matrices, checkpoint=partial, show_progress=show_progress
-        )
-        found[name].save(path)
-        partial.unlink(missing_ok=True)
+        if not path.exists():
+            progress(f"Sensitivity to {len(samples)} samples of {name.replace('_', ' ')}")
+        found[name] = stored_sensitivity(model, samples, settings.matrices, path, show_progress=show_progress)
     return _with_task(found)
 
 

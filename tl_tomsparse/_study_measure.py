@@ -169,12 +169,12 @@ def mask_overlaps(
 
     for control, other in masks.items():
         if control != "mask":
-            add("mask", control, 1.0, overlap(masks["mask"], other))
+            add("mask", control, 1.0, overlap(masks["mask"], other, without=general))
     width = 1
     while width <= CHUNKS // 2:
         parts = (range(width), range(width, 2 * width))
         pair = [top_fraction(merged(sensitivities, part), kappa) - general for part in parts]
-        halves = add("part", "other part", width / CHUNKS, overlap(*pair))
+        halves = add("part", "other part", width / CHUNKS, overlap(*pair, without=general))
         width *= 2
     return rows, halves
 

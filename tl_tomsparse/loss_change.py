@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_tomsparse._additive import additive_hooks
-from tl_tomsparse._checks import TomsparseError, check_positive, check_same_weights
+from tl_tomsparse._checks import TomsparseError, check_grad_mode, check_positive, check_same_weights
 from tl_tomsparse._intervals import mean_intervals
 from tl_tomsparse._model import Reader, view
 from tl_tomsparse.edit import SparseEdit
@@ -97,8 +97,8 @@ def loss_change(
 
     Raises:
         TomsparseError: an edit or sensitivity of other weights, a sensitivity without one of the edit's
-            matrices, an active edit, a model in training mode, samples longer than the context, a loss or
-            derivative that is not finite.
+            matrices, an active edit, a model in training mode, torch.inference_mode, samples longer than the
+            context, a loss or derivative that is not finite.
     """
     seen = view(model)
     seen.require_eval()
@@ -107,6 +107,7 @@ def loss_change(
         raise TomsparseError(
             f"{seen.name} has an active edit, {seen.active_edits[-1]}; leave its `with` block first."
         )
+    check_grad_mode()
     check_same_weights("The edit", edit.identity, "the model", seen.identity())
     diagonal = np.nan if sensitivity is None else _diagonal(edit, sensitivity)
     default = _BATCH_TOKENS.get(seen.device.type, _BATCH_TOKENS_ELSEWHERE)
@@ -119,9 +120,9 @@ def loss_change(
             batch = samples[rows]
             exact = torch.float64 if seen.dtype == torch.float64 else torch.float32
             t = torch.zeros(len(batch), dtype=exact, device=seen.device, requires_grad=True)
-            before = _losses(seen, edit, changes, batch, t)
-            (slope,) = torch.autograd.grad(before.sum(), t, create_graph=True)
-            bend = torch.autograd.grad(slope.sum(), t)[0] if slope.requires_grad else torch.zeros_like(t)
+            with torch.enable_grad():  # of a caller who works under no_grad, too
+                before = _losses(seen, edit, changes, batch, t)
+                slope, bend = _derivatives(before, t)
             with torch.no_grad():
                 after = _losses(seen, edit, changes, batch, torch.ones_like(t))
             for term, values in (("true", after - before), ("first", slope), ("curvature", bend / 2)):
@@ -145,6 +146,18 @@ def _losses(
     edits = additive_hooks(seen, edit.mask, changes, strength)
     with torch.set_grad_enabled(strength.requires_grad), seen.hooks([*read.before, *edits, *read.after]):
         return row_losses(read, batch)
+
+
+def _derivatives(losses: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second, row by row; 0 where the losses do not hang on `t`, as under an edit of no entries."""
+    slope = torch.zeros_like(t)
+    if losses.requires_grad:
+        (slope,) = torch.autograd.grad(
+            losses.sum(), t, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+    if not slope.requires_grad or slope.grad_fn is None:
+        return slope, torch.zeros_like(t)
+    return slope, torch.autograd.grad(slope.sum(), t, allow_unused=True, materialize_grads=True)[0]
 
 
 def _diagonal(edit: SparseEdit, sensitivity: Sensitivity) -> float:

@@ -26,7 +26,7 @@ import torch
 from tl_tomsparse._artifacts import write_bytes, write_json
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
 from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
-from tl_tomsparse._material import Material, make_material, read_text
+from tl_tomsparse._material import Material, make_material, read_text, stored_sensitivity
 from tl_tomsparse._model import MATRICES, view
 from tl_tomsparse._points import json_rows
 from tl_tomsparse.edit import SparseEdit
@@ -38,7 +38,6 @@ from tl_tomsparse.patterns import AttentionPattern, attention_pattern
 from tl_tomsparse.position import PositionEffects, position_effects
 from tl_tomsparse.position_verdict import position_verdict
 from tl_tomsparse.samples import Samples
-from tl_tomsparse.sensitivity import Sensitivity, fisher_diagonal
 from tl_tomsparse.stories import Story
 from tl_tomsparse.verdict import Claim, verdict
 
@@ -193,10 +192,20 @@ def run_pipeline(
             out, _facts(model, settings, material, command or f"run_pipeline({settings!r}, ...)")
         )
         progress(f"Sensitivity of {facts['n_weights']:,} weights to {len(material.tom)} false-belief answers")
-        tom = _sensitivity(model, material.tom, settings, out / "sensitivity_tom.safetensors", show_progress)
+        tom = stored_sensitivity(
+            model,
+            material.tom,
+            settings.matrices,
+            out / "sensitivity_tom.safetensors",
+            show_progress=show_progress,
+        )
         progress(f"Sensitivity to {len(material.general)} windows of general text")
-        general = _sensitivity(
-            model, material.general, settings, out / "sensitivity_general.safetensors", show_progress
+        general = stored_sensitivity(
+            model,
+            material.general,
+            settings.matrices,
+            out / "sensitivity_general.safetensors",
+            show_progress=show_progress,
         )
         with stored_points(out / "points.jsonl") as (finished, store):
             kappas = auto_kappas(tom) if settings.kappas == "auto" else settings.kappas
@@ -272,20 +281,6 @@ def _position(
     before = attention_pattern(model, samples, **asked)
     with edit.applied(model):
         return found, (before, attention_pattern(model, samples, **asked))
-
-
-def _sensitivity(
-    model: Any, samples: Samples, settings: RunSettings, path: Path, show_progress: bool
-) -> Sensitivity:
-    if path.exists():
-        return Sensitivity.load(path)
-    partial = path.with_suffix(".partial.safetensors")
-    values = fisher_diagonal(
-        model, samples, matrices=settings.matrices, checkpoint=partial, show_progress=show_progress
-    )
-    values.save(path)
-    partial.unlink(missing_ok=True)
-    return values
 
 
 def _facts(model: Any, settings: RunSettings, material: Material, command: str) -> dict[str, Any]:

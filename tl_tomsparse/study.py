@@ -281,6 +281,7 @@ def _assemble(
         compare,
         halves,
         losses["mask", None],
+        material.answer_groups,
         CONTROLS,
         random,
         sizes,

@@ -20,8 +20,9 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_tomsparse._additive import additive_hooks
-from tl_tomsparse._channels import place
-from tl_tomsparse._checks import TomsparseError, check_positive, check_same_weights
+from tl_tomsparse._channels import name, place
+from tl_tomsparse._checks import TomsparseError, check_grad_mode, check_positive, check_same_weights
+from tl_tomsparse._draws import stream
 from tl_tomsparse._model import Reader, view
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.mask import SparseMask
@@ -60,21 +61,26 @@ def tune(
         mask: the entries to train.
         samples: of a split that nothing is reported on.
         steps: updates of Adam, whose learning rate falls to 0 as a half cosine.
-        batch: samples a step, drawn anew after each pass through all of them.
+        batch: samples a step, all of them where there are fewer; each pass is in a new order, and leaves out
+            what remains at its end, less than a batch.
         lr: of Adam at the beginning, in multiples of the root mean square of each matrix.
         seed: of the order of samples.
         show_progress: show a progress bar over steps.
 
     Raises:
-        TomsparseError: an empty mask, a mask of other weights, an active edit, a model in training mode,
-            samples longer than the context, a loss that is not finite.
+        TomsparseError: steps or batch below 1, an lr that is not finite and above 0, a seed that is not a
+            whole number from 0, torch.inference_mode, an empty mask, a mask of other weights, an active edit,
+            a model in training mode, samples longer than the context, a loss or trained value that is not
+            finite.
     """
     seen = view(model)
     seen.require_eval()
-    for name, value in (("steps", steps), ("batch", batch)):
-        check_positive(name, value)
-    if not lr > 0:
-        raise TomsparseError(f"lr={lr!r} must be above 0.")
+    for count, value in (("steps", steps), ("batch", batch)):
+        check_positive(count, value)
+    if not 0 < lr < float("inf"):
+        raise TomsparseError(f"lr={lr!r} must be a finite number above 0, for example 1e-2.")
+    draw = np.random.Generator(stream(seed))
+    check_grad_mode()
     check_samples(seen, samples)
     if seen.active_edits:
         raise TomsparseError(
@@ -94,7 +100,6 @@ def tune(
     optim = torch.optim.Adam(list(free.values()), lr=lr)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optim, steps)
     order: list[int] = []
-    draw = np.random.default_rng(seed)
     losses: list[float] = []
     for _ in tqdm(range(steps), desc="tune", disable=not show_progress):
         if len(order) < min(batch, len(samples)):
@@ -102,9 +107,11 @@ def tune(
         chosen, order = order[:batch], order[batch:]
         some = samples[chosen]
         read = Reader(seen)
-        edits = additive_hooks(seen, mask, {key: size[key] * value for key, value in free.items()})
-        with torch.enable_grad(), seen.hooks([*read.before, *edits, *read.after]):
-            loss = row_losses(read, some).mean()
+        with torch.enable_grad():  # of a caller who works under no_grad, too
+            changes = {key: size[key] * value for key, value in free.items()}
+            edits = additive_hooks(seen, mask, changes)
+            with seen.hooks([*read.before, *edits, *read.after]):
+                loss = row_losses(read, some).mean()
         losses.append(float(loss.detach()))
         if not np.isfinite(losses[-1]):
             raise TomsparseError(
@@ -122,5 +129,10 @@ def tune(
         before[key] = weight[place(mask.shapes[key], index)].cpu()
         trained = before[key].double() + size[key] * free[key].detach().double().cpu()
         after[key] = trained.to(weight.dtype)
+        if not bool(after[key].isfinite().all()):
+            raise TomsparseError(
+                f"Training gives {name(key)} values that are not finite in {weight.dtype}; use a lower lr "
+                f"than {lr:g}."
+            )
     operator = f"tuned {steps} steps, lr {lr:g}, seed {seed}"
     return Tuned(SparseEdit(mask, MappingProxyType(before), MappingProxyType(after), operator), losses)
