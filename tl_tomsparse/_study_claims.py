@@ -315,7 +315,8 @@ class _Maker:
         bootstrap = ClusterBootstrap(
             int(groups.max()) + 1, n_draws=self.evidence.n_draws, seed=self.evidence.seed, smooth=False
         )
-        found = bootstrap.ratio(np.bincount(groups, weights=true), np.bincount(groups).astype(np.float64))
+        sums, counts = (np.bincount(groups, weights=some).astype(np.float64) for some in (true, None))
+        found = bootstrap.ratio(sums, counts)
         low, high = sorted((loss.diagonal / 2, loss.diagonal * 2))
 
         def sentence(yes: bool) -> str:

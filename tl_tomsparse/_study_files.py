@@ -87,8 +87,8 @@ def read_parts(folder: Path) -> dict[str, Any]:
         "heads": _heads(folder, heads, [Claim(**claim) for claim in about_heads]),
         "battery": BatterySection(
             [StudyClaim(**_with_nan(claim)) for claim in about_battery],
-            *(_read_table(folder / f"localisation_{name}.parquet") for name in _LOCALISATION),
-            obstacle,
+            obstacle=obstacle,
+            **{name: _read_table(folder / f"localisation_{name}.parquet") for name in _LOCALISATION},
         ),
         "answers": _answers(folder, facts["samples"]),
         "kappa": facts["kappa"],
