@@ -37,7 +37,8 @@ tt.study(model, sys.argv[2], settings, progress=lambda words: print(words, flush
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:
-    settings = {name: value for name, value in vars(SETTINGS).items() if name not in ("text", "matrices")}
+    usual = vars(tt.StudySettings())
+    settings = {name: value for name, value in vars(SETTINGS).items() if value != usual[name]}
     root = str(Path(tt.__file__).parents[1])
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tiny.long_directory()), str(out), json.dumps(settings)],
