@@ -15,6 +15,18 @@ import tl_tomsparse as tt
 from tl_tomsparse._model import view
 
 
+def loss_by_hand(model: Any, samples: tt.Samples) -> np.ndarray:
+    """The mean cross-entropy at supervised positions, row by row."""
+    found = []
+    for n in range(len(samples)):
+        one = samples[[n]]
+        with torch.no_grad():
+            logits = model(one.tokens, attention_mask=one.attention_mask.long()).log_softmax(-1)[0]
+        positions = one.supervised[0].nonzero()[:, 0]
+        found.append(-logits[positions - 1, one.tokens[0, positions]].mean().item())
+    return np.array(found)
+
+
 def an_edit(model: Any, share: float = 0.02, matrices: tuple[str, ...] = ("Q", "K", "O", "in")) -> Any:
     keys = view(model).keys(tuple(m for m in matrices if m in view(model).matrices))
     generator = torch.Generator().manual_seed(3)
@@ -80,6 +92,32 @@ def test_derivatives_along_an_edit_are_those_of_the_whole_hessian(kind: str, bac
     second = np.add(expected["first"], expected["curvature"]).mean()
     assert frame.loc["second_order", "mean"] == pytest.approx(second, abs=1e-4)
     assert set(frame.index) == {"true", "first", "curvature", "second_order", "diagonal"}
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_true_change_is_that_of_the_edited_model(kind: str, backend: Any) -> None:
+    """And the derivatives are those of differences, as far as float32 inside transformers lets these go."""
+    model = tiny.model(kind, backend, dtype=torch.float64)
+    samples = tt.story_samples(
+        model, [tiny.story(i) for i in range(3)], categories=("false_belief", "memory")
+    )
+    edit = an_edit(model)
+
+    def at(t: float) -> np.ndarray:
+        after = {key: edit.before[key] + t * (edit.after[key] - edit.before[key]) for key in edit.before}
+        with replace(edit, after=after).applied(model):
+            return loss_by_hand(model, samples)
+
+    h = 0.05  # large, for noise of 1e-7
+    values = {t: at(t) for t in (-2 * h, -h, 0.0, h, 2 * h, 1.0)}
+    slope = (8 * (values[h] - values[-h]) - (values[2 * h] - values[-2 * h])) / (12 * h)
+    bend = (16 * (values[h] + values[-h]) - (values[2 * h] + values[-2 * h]) - 30 * values[0.0]) / (12 * h**2)
+    found = tt.loss_change(model, edit, samples, batch_tokens=60, show_progress=False)
+    assert np.abs(bend).max() > 1e-3
+    np.testing.assert_allclose(found.samples["true"], values[1.0] - values[0.0], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found.samples["first"], slope, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.samples["curvature"], bend / 2, rtol=1e-2, atol=1e-3)
 
 
 def test_derivatives_are_taken_where_the_caller_takes_none() -> None:
