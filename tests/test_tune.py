@@ -5,29 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from equations import Equations
-from test_loss_change import an_edit
+from test_loss_change import an_edit, loss_by_hand
 
 import tl_tomsparse as tt
 from tl_tomsparse._model import view
 
 module = importlib.import_module("tl_tomsparse.tune")  # the package has a function of this name
-
-
-def loss_by_hand(model: Any, samples: tt.Samples) -> np.ndarray:
-    """The mean cross-entropy at supervised positions, row by row."""
-    found = []
-    for n in range(len(samples)):
-        one = samples[[n]]
-        with torch.no_grad():
-            logits = model(one.tokens, attention_mask=one.attention_mask.long()).log_softmax(-1)[0]
-        positions = one.supervised[0].nonzero()[:, 0]
-        found.append(-logits[positions - 1, one.tokens[0, positions]].mean().item())
-    return np.array(found)
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
