@@ -15,6 +15,7 @@ import tl_tomsparse as tt
 from tests.test_effect import ABLE, Planted
 from tests.test_report import Page
 from tl_tomsparse._model import ModelIdentity
+from tl_tomsparse._study_battery import BatterySection
 from tl_tomsparse._study_claims import StudyClaim
 from tl_tomsparse._study_heads import HeadSection
 from tl_tomsparse.comparison import ContrastClaim, StudyComparison
@@ -57,6 +58,7 @@ def planted(
         *[none] * 5,
         {"mask": tt.SparseMask(identity, SHAPES, entries)},
         HeadSection([Claim("heads_found", "not supported", ".")]),
+        BatterySection(),
         answers,
         kappa,
         {

@@ -168,7 +168,7 @@ def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
         "shortcuts": shortcuts(stories),
         "lookup": lookup(model, 300),
         "by_distance": by_distance(model),
-        "longest_row": max((*STAGES, *LONG)[entry["stage"]].width for entry in log),
+        "longest_row": max((*STAGES, *LONG)[entry["stage"]].width for entry in log if "loss" in entry),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
         "tokens": log[-1]["tokens"],

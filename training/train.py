@@ -233,7 +233,8 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, part: Pa
         progress.seconds += time.time() - begun
         done = progress.tokens >= part.until
         log(waited=round(waited, 2), **{name: round(value, 4) for name, value in means.items()})
-        if means["right"] >= stage.enough or progress.tokens - progress.stage_began > stage.at_most * 1e6:
+        ends = means["right"] >= stage.enough or progress.tokens - progress.stage_began > stage.at_most * 1e6
+        if ends and part.after is None:  # a part on long rows has one stage
             progress.stage, progress.stage_began = progress.stage + 1, progress.tokens
         if done or progress.tokens // PROBE > before // PROBE:
             log(probe=probe(to_hugging_face(decoder, tokenizer).to(device), tokenizer))
