@@ -25,8 +25,7 @@ thead th { border-bottom: 2px solid #17202a; vertical-align: bottom; white-space
 tbody tr { border-bottom: 1px solid #e5e8e8; }
 small { color: #566573; display: block; white-space: nowrap; font-weight: 400; }
 .scroll { overflow-x: auto; } .claims td, .claims th { text-align: left; vertical-align: top; }
-.wide td:nth-child(4) { min-width: 25em; }
-.claims td:first-child { white-space: nowrap; }
+.claims td:first-child { min-width: 9em; }
 .status { display: inline-block; white-space: nowrap; border-radius: 4px; padding: 0 .5em; font-size: .85rem;
   font-weight: 600; }
 .supported { background: #d4efdf; color: #145a32; } .not-supported { background: #fadbd8; color: #78281f; }

@@ -106,11 +106,12 @@ def _claims(claims: list[StudyClaim]) -> str:
         rows.append(
             f"<tr><td>{escape(claim.claim.replace('_', ' '))}</td>"
             f"<td>{status_badge(claim.status)}</td>"
-            f"<td>{interval}</td><td>{escape(claim.sentence)}</td><td>{escape(claim.paper)}</td></tr>"
+            f"<td>{interval}</td><td>{escape(claim.sentence)}"
+            f'<div class="quiet">The paper: {escape(claim.paper)}.</div></td></tr>'
         )
-    head = "<tr><th>claim</th><th>verdict</th><th>estimate</th><th>evidence</th><th>the paper</th></tr>"
+    head = "<tr><th>claim</th><th>verdict</th><th>estimate</th><th>evidence</th></tr>"
     return (
-        f'<div class="scroll"><table class="claims wide"><thead>{head}</thead>'
+        f'<div class="scroll"><table class="claims"><thead>{head}</thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
