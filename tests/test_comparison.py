@@ -305,6 +305,11 @@ def test_the_figure_holds_the_numbers(both: StudyComparison) -> None:
     assert sum(bool(trace.showlegend) for trace in figure.data) == 4
 
 
+def test_names_of_models_are_no_html(fallen: tt.Study, untouched: tt.Study) -> None:
+    figure = tt.plot.study_comparison(compared(**{"RoPE": fallen, "a<b>&c": untouched}))
+    assert {trace.name for trace in figure.data} >= {"a&lt;b&gt;&amp;c", "a&lt;b&gt;&amp;c, random masks"}
+
+
 def test_the_page_says_what_the_numbers_say(fallen: tt.Study, untouched: tt.Study, tmp_path: Path) -> None:
     odd = "a<b>&c"
     found = compared(**{"RoPE": fallen, odd: untouched, "weak": planted({}, seed=6, tracks="not supported")})

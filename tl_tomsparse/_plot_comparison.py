@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,10 +75,11 @@ def _traces(
 
     y = np.arange(len(rows)) + offset
     square = {"color": GREY, "size": 6, "symbol": "square"}
+    shown = escape(model)  # plotly reads names as HTML
     kinds: list[tuple[str, str, dict[str, Any], float]] = []
     if rows.random.notna().any():
-        kinds.append(("random", f"{model}, random masks", square, 6))
-    kinds.append(("", model, {"color": colour, "size": 8}, 1.5))
+        kinds.append(("random", f"{shown}, random masks", square, 6))
+    kinds.append(("", shown, {"color": colour, "size": 8}, 1.5))
     made = []
     for prefix, name, marker, width in kinds:
         columns = [prefix, f"{prefix}_low", f"{prefix}_high"] if prefix else ["value", "low", "high"]
