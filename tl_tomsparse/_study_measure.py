@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -90,21 +90,40 @@ def measure(
     progress(f"{len(arms)} edits on {n_questions} held-out questions")
     for arm in tqdm(arms, desc="arms", disable=not bars["show_progress"]):
         take(arm)
-    mask = masks["mask"]
-    if len(mask):
-        seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
-        trained = [("tuned", None, mask), *(("tuned_random", s, mask.random_like(s)) for s in seeds)]
-        progress(f"Training {len(mask)} weights, and as many random ones, {len(trained)} times")
-        for family, seed, which in tqdm(trained, desc="training", disable=not bars["show_progress"]):
-            path = out / (f"{family}.safetensors" if seed is None else f"{family}_{seed}.safetensors")
-            take(Arm(family, seed, _tuned(model, which, material, settings, path)))
+    trained = to_train(masks["mask"], settings)
+    if trained:
+        size = len(masks["mask"])
+        progress(f"Training {size} weights, and as many random ones, {len(trained)} times")
+        for which in tqdm(trained, desc="training", disable=not bars["show_progress"]):
+            take(tuned_arm(model, which, material, settings, out))
     return points, rows
+
+
+class Trained(NamedTuple):
+    """Entries to be trained: those of the mask, or random ones of a seed."""
+
+    family: str
+    seed: int | None
+    mask: SparseMask
+
+
+def to_train(mask: SparseMask, settings: StudySettings) -> list[Trained]:
+    """The mask and random ones; nothing if the mask is empty."""
+    seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
+    random = (Trained("tuned_random", seed, mask.random_like(seed)) for seed in seeds)
+    return [Trained("tuned", None, mask), *random] if len(mask) else []
+
+
+def tuned_arm(model: Any, which: Trained, material: Material, settings: StudySettings, out: Path) -> Arm:
+    """The trained edit, read from its file if it is there."""
+    name = which.family if which.seed is None else f"{which.family}_{which.seed}"
+    edit = _tuned(model, which.mask, material, settings, out / f"{name}.safetensors")
+    return Arm(which.family, which.seed, edit)
 
 
 def _tuned(
     model: Any, mask: SparseMask, material: Material, settings: StudySettings, path: Path
 ) -> SparseEdit:
-    """The trained edit, read from its file if it is there."""
     if path.exists():
         edit, (tensors, _) = SparseEdit.zero(model, mask), read_safetensors(path, _TUNED)
         return replace(edit, after={key: tensors[_stored(key)] for key in edit.before}, operator="tuned")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from tl_tomsparse._model import view
 from tl_tomsparse._points import PointMeter, PointRecord
 from tl_tomsparse._study_arms import make_arms
 from tl_tomsparse._study_material import make_masks, make_material, read_sensitivities
+from tl_tomsparse._study_measure import to_train, tuned_arm
 from tl_tomsparse._study_stories import Stories
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def measure_in_processes(
     processes: int,
     own: Stories | None,
 ) -> None:
-    """All arms but the trained ones, measured side by side.
+    """All arms, measured side by side.
 
     Raises:
         TomsparseError: a process failed, or loaded other weights.
@@ -85,7 +87,8 @@ def _work(
             on_point=store,
             resume=[*read_points(out / "points.jsonl"), *others_points(out)],
         )
-        arms = make_arms(model, make_masks(sensitivities, kappa), sensitivities, kappa, settings)
-        for place, arm in enumerate(arms):
-            if place % processes == number:
-                meter.measure(arm.what, f"arm {arm.family!r}")
+        masks = make_masks(sensitivities, kappa)
+        for arm in islice(make_arms(model, masks, sensitivities, kappa, settings), number, None, processes):
+            meter.measure(arm.what, f"arm {arm.family!r}")
+        for which in to_train(masks["mask"], settings)[number::processes]:
+            meter.measure(tuned_arm(model, which, material, settings, out).what, f"arm {which.family!r}")
