@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -35,15 +35,19 @@ def others_points(out: Path) -> list[PointRecord]:
     return found
 
 
-def measure_in_processes(
-    load: Load,
-    settings: StudySettings,
-    out: Path,
-    kappa: float,
-    fingerprint: str,
-    processes: int,
-    own: Stories | None,
-) -> None:
+class Job(NamedTuple):
+    """What every process of a study is told."""
+
+    load: Load
+    settings: StudySettings
+    out: Path
+    kappa: float
+    fingerprint: str
+    processes: int
+    own: Stories | None
+
+
+def measure_in_processes(job: Job) -> None:
     """All arms, measured side by side.
 
     Raises:
@@ -53,7 +57,7 @@ def measure_in_processes(
     from torch.multiprocessing.spawn import ProcessException
 
     try:
-        spawn(_work, (load, settings, out, kappa, fingerprint, processes, own), nprocs=processes)
+        spawn(_work, (job,), nprocs=job.processes)
     except ProcessException as error:
         last = str(error).strip().splitlines()[-1].removeprefix(f"{TomsparseError.__module__}.")
         raise TomsparseError(
@@ -61,17 +65,9 @@ def measure_in_processes(
         ) from error
 
 
-def _work(
-    number: int,
-    load: Load,
-    settings: StudySettings,
-    out: Path,
-    kappa: float,
-    fingerprint: str,
-    processes: int,
-    own: Stories | None,
-) -> None:
+def _work(number: int, job: Job) -> None:
     """One process' share; runs in a process of its own."""
+    load, settings, out, kappa, fingerprint, processes, own = job
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     model = load()
     if view(model).identity().fingerprint != fingerprint:

@@ -45,7 +45,7 @@ from tl_tomsparse._study_material import (
     make_sensitivities,
 )
 from tl_tomsparse._study_measure import choose, loss_changes, mask_overlaps, measure
-from tl_tomsparse._study_processes import measure_in_processes, others_points
+from tl_tomsparse._study_processes import Job, measure_in_processes, others_points
 from tl_tomsparse._study_settings import StudySettings
 from tl_tomsparse._study_stories import check_own, digest_of, settings_of
 from tl_tomsparse.effect import assemble
@@ -188,7 +188,7 @@ def study(
             if load is not None and processes > 1:
                 progress(f"Edits on held-out questions, in {processes} processes")
                 fingerprint = seen.identity().fingerprint
-                measure_in_processes(load, settings, out, kappa, fingerprint, processes, own)
+                measure_in_processes(Job(load, settings, out, kappa, fingerprint, processes, own))
             bars["resume"] = [*finished, *others_points(out)]
             masks = make_masks(sensitivities, kappa)
             points, rows = measure(
