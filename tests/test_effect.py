@@ -157,6 +157,13 @@ def test_one_random_mask_as_low_is_too_many_of_twenty():
     assert "1 of them as low" in found.sentence
 
 
+def test_to_rise_less_than_under_random_masks_is_not_to_fall():
+    found = claims(Planted().effect({"false_belief": 0.75}, {"false_belief": 0.8}, {}))
+    assert found["tracks_beliefs"].status == "supported"
+    assert found["more_than_random"].p < 0.05
+    assert found["more_than_random"].status == "not supported"
+
+
 def test_few_random_masks_cannot_be_a_placebo():
     found = claims(Planted().effect({}, {"false_belief": 0.5}, {}, n_random=5))
     assert found["more_than_random"].status == "not testable"

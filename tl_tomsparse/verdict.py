@@ -149,7 +149,8 @@ class _Reader:
             )
             return Test(name, few, 1.0, False, str)
         row = self._differences.loc[("mask - random", "false_belief")]
-        as_low = int((seeds <= self._accuracy.loc[("mask", "false_belief")].accuracy).sum())
+        before, after = (self._accuracy.loc[(arm, "false_belief")].accuracy for arm in ("before", "mask"))
+        as_low = int((seeds <= after).sum())
         rank_p = (1 + as_low) / (1 + len(seeds))
 
         def sentence(supported: bool) -> str:
@@ -161,7 +162,8 @@ class _Reader:
                 f"of {random} ({span}, {as_low} of them as low; {_change(row)})."
             )
 
-        return Test(name, None, float(row.p_below), rank_p <= ALPHA + 1e-9, sentence)
+        holds = bool(after < before and rank_p <= ALPHA + 1e-9)  # to rise less is not to fall
+        return Test(name, None, float(row.p_below), holds, sentence)
 
     def stays(self, measure: str) -> Test:
         name, words = f"{measure}_stays", measure.replace("_", "-").capitalize()
