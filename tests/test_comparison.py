@@ -131,6 +131,18 @@ def test_an_effect_of_random_masks_too_is_not_counted(untouched: tt.Study) -> No
     assert rows(found, "before").loc["false_belief"].high < -0.2
 
 
+def test_to_rise_less_is_not_to_fall() -> None:
+    less = planted({}, seed=1, random={"false_belief": 0.85})  # above its random masks, both of them
+    more = planted({}, seed=2, random={"false_belief": 0.5})
+    claim = only(compared(less=less, more=more))
+    assert claim.high < -0.2
+    assert claim.status == "not supported"
+    assert "is not shown to fall more, beyond random masks, in less than in more: +" in claim.sentence
+    turned = only(compared(more=more, less=less))
+    assert turned.low > 0.2
+    assert "is not shown to fall more" in turned.sentence
+
+
 def test_the_order_of_the_models_turns_the_sign(both: StudyComparison, fallen: Any, untouched: Any) -> None:
     turned = compared(ALiBi=untouched, RoPE=fallen)
     claim = only(turned)

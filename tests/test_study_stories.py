@@ -165,10 +165,11 @@ def test_another_process_measures_the_same(
     monkeypatch.setattr(_study_processes.torch, "set_num_threads", lambda _: None)
     own = pickle.loads(pickle.dumps(own_stories()))
     settings, fingerprint = settings_of(own, SMALL), view(model).identity().fingerprint
-    _study_processes._work(0, lambda: model, settings, tmp_path, 0.02, fingerprint, 1, own)
+    job = _study_processes.Job(lambda: model, settings, tmp_path, 0.02, fingerprint, 1, own)
+    _study_processes._work(0, job)
     expected = {record["key"]: record for record in read_points(out / "points.jsonl")}
     found = read_points(tmp_path / "points_0.jsonl")
-    assert len(found) == 4
+    assert len(found) == 6
     assert all(expected[record["key"]] == record for record in found)
 
 

@@ -315,21 +315,28 @@ def _claims(first: _Side, others: list[_Side], boot: _Bootstraps) -> list[Contra
         estimate, paired = _difference(first, other, "false_belief", "random", boot)
         found.append((estimate, paired))
 
+        one, two = (
+            100 * float(_ratio(side.terms("false_belief", "mask", _FAMILIES["random"])).mean())
+            for side in (first, other)
+        )
+
         def sentence(
-            yes: bool, other: _Side = other, estimate: Estimate = estimate, paired: bool = paired
+            yes: bool,
+            other: _Side = other,
+            estimate: Estimate = estimate,
+            paired: bool = paired,
+            one: float = one,
+            two: float = two,
         ) -> str:
-            how = "falls more" if yes else "falls less" if estimate.low > 0 else "is not shown to fall more"
-            one, two = (
-                100 * _ratio(side.terms("false_belief", "mask", _FAMILIES["random"])).mean()
-                for side in (first, other)
-            )
+            less = estimate.low > 0 and two < 0
+            how = "falls more" if yes else "falls less" if less else "is not shown to fall more"
             pairing = "paired by question" if paired else "of different questions"
             return (
                 f"False-belief accuracy {how}, beyond random masks, in {first.label} than in {other.label}: "
                 f"{one:+.1f} points against {two:+.1f} ({in_points(estimate)}, {pairing})."
             )
 
-        tests.append(Test(other.label, None, estimate.p_below(), True, sentence))
+        tests.append(Test(other.label, None, estimate.p_below(), one < 0, sentence))  # to rise less is no fall
     claims = []
     for claim, other, some in zip(decide(tests), others, found):
         made = ContrastClaim(
