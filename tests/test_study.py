@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import tl_tomsparse as tt
 from tests import tiny
 from tests.test_effect import ABLE, Planted
-from tl_tomsparse import _material, _study_measure, cli
+from tl_tomsparse import _material, _study_measure, _study_processes, cli
 from tl_tomsparse._folder import read_points
 from tl_tomsparse._model import view
 from tl_tomsparse._overlap import Overlap, overlap
@@ -520,18 +520,32 @@ def test_the_command_line_runs_the_study_at_the_kappa_of_the_run(
     assert asked[1][1].test_stories < settings.test_stories
 
 
-def test_two_processes_measure_what_one_does(finished: tuple[tt.Study, Path], tmp_path: Path) -> None:
-    """The sensitivities are taken from the other study; every edit is measured by one of two processes."""
+def test_two_processes_measure_what_one_does(
+    finished: tuple[tt.Study, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process does all that is missing, since the first takes nothing."""
     study, out = finished
-    shutil.copytree(out, tmp_path / "copy")
-    (tmp_path / "copy" / "points.jsonl").unlink()
-    (tmp_path / "copy" / "tuned.safetensors").unlink()
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    missing = ["points.jsonl", "sensitivity_part_3.safetensors", "loss_random_matrix_0.safetensors"]
+    missing += ["battery_mask.parquet"]
+    for name in missing:
+        (copy / name).unlink()
+    # Files of other masks are not taken for those of these.
+    shutil.copy(out / "tuned_random_0.safetensors", copy / "tuned.safetensors")
+    shutil.copy(out / "loss_random_matrix_0.safetensors", copy / "loss_mask.safetensors")
     load = partial(tt.load_model, tiny.long_directory(), device="cpu")
-    found = tt.study(load(), tmp_path / "copy", SMALL, processes=2, load=load, show_progress=False)
-    counts = [len(read_points(tmp_path / "copy" / f"points_{i}.jsonl")) for i in range(2)]
-    assert min(counts) > len(study.arms) / 4
+    monkeypatch.setattr(_study_processes, "_taken", lambda _job, _phase, _items: iter(()))
+    threads = torch.get_num_threads()
+    found = tt.study(load(), copy, SMALL, processes=2, load=load, show_progress=False)
+    assert torch.get_num_threads() == threads
+    assert not read_points(copy / "points.jsonl")
+    assert len(read_points(copy / "points_0.jsonl")) > 0.9 * len(study.arms)  # empty masks are one point
+    assert all((copy / name).exists() for name in missing)
     pd.testing.assert_frame_equal(found.arms, study.arms)
-    assert not read_points(tmp_path / "copy" / "points.jsonl")
+    pd.testing.assert_frame_equal(found.losses, study.losses)
+    assert str(found.claims) == str(study.claims)
+    monkeypatch.undo()
     with pytest.raises(tt.TomsparseError, match="processes=2 needs load="):
         tt.study(load(), tmp_path / "x", SMALL, processes=2, show_progress=False)
     other = partial(tt.load_model, tiny.directory("neox"), device="cpu")

@@ -199,7 +199,6 @@ def test_blind_queries_are_found_and_no_change_is_not(tmp_path: Path) -> None:
         prepared,
         [Arm("before", None, None), Arm("mask", None, edits[0]), Arm("general_only", None, edits[1])],
         tmp_path,
-        show_progress=False,
     )
     before, blind, same = measured
     assert (

@@ -165,8 +165,9 @@ def test_another_process_measures_the_same(
     monkeypatch.setattr(_study_processes.torch, "set_num_threads", lambda _: None)
     own = pickle.loads(pickle.dumps(own_stories()))
     settings, fingerprint = settings_of(own, SMALL), view(model).identity().fingerprint
-    job = _study_processes.Job(lambda: model, settings, tmp_path, 0.02, fingerprint, 1, own)
-    _study_processes._work(0, job)
+    job = _study_processes.make_job(lambda: model, settings, tmp_path, fingerprint, own)
+    job.kappa.value = 0.02
+    _study_processes._work(0, job, 1)
     expected = {record["key"]: record for record in read_points(out / "points.jsonl")}
     found = read_points(tmp_path / "points_0.jsonl")
     assert len(found) == 6

@@ -35,7 +35,6 @@ SHARES = (0.25, 0.5, 0.75)
 DOSES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0)  # times the chosen kappa
 FEW = 5  # random masks beside each operator, dose, rescue and tuning
 
-
 _NO_ENTRIES = np.empty(0, np.int64)
 
 
@@ -53,6 +52,11 @@ class Arm(NamedTuple):
     seed: int | None
     what: SparseEdit | None
     dose: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in an error."""
+        return f"arm {self.family!r}" + ("" if self.seed is None else f", seed {self.seed}")
 
 
 def matches_for(model: Any, mask: SparseMask) -> tuple[Match, ...]:

@@ -10,7 +10,7 @@ edit of the same weights on the same items. The claims are a family of their own
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -68,10 +68,20 @@ def study_battery(
     model: Any, masks: Mapping[str, SparseMask], settings: StudySettings, out: Path, show_progress: bool
 ) -> BatterySection:
     """Measure the arms on one battery, and say what that supports."""
+    prepared = prepared_battery(model, settings)
+    if isinstance(prepared, str):
+        return BatterySection(obstacle=prepared)
+    arms = main_arms(model, masks, settings)
+    bar = tqdm(arms, desc="battery", disable=not show_progress)
+    return battery_section(arms, measure_arms(model, prepared, bar, out), settings)
+
+
+def prepared_battery(model: Any, settings: StudySettings) -> PreparedBattery | str:
+    """Its items, or why there are none."""
     if not settings.localisation_items:
-        return BatterySection(obstacle="Not asked: localisation_items is 0.")
+        return "Not asked: localisation_items is 0."
     try:
-        prepared = prepare_battery(
+        return prepare_battery(
             model,
             tasks=_TASKS,
             n_localisation=settings.localisation_items,
@@ -80,18 +90,14 @@ def study_battery(
             prepend_bos=settings.prepend_bos,
         )
     except TomsparseError as error:
-        return BatterySection(obstacle=f"Not testable here: {error}")
-    arms = main_arms(model, masks, settings)
-    return battery_section(arms, measure_arms(model, prepared, arms, out, show_progress), settings)
+        return f"Not testable here: {error}"
 
 
-def measure_arms(
-    model: Any, prepared: PreparedBattery, arms: Sequence[Arm], out: Path, show_progress: bool
-) -> list[pd.DataFrame]:
+def measure_arms(model: Any, prepared: PreparedBattery, arms: Iterable[Arm], out: Path) -> list[pd.DataFrame]:
     """The items of each arm as `Battery.items` has them, read from the folder where they are there."""
     base = f"{view(model).identity().fingerprint} {prepared.digest}"
     found = []
-    for arm in tqdm(arms, desc="battery", disable=not show_progress):
+    for arm in arms:
         path = out / f"battery_{arm.family}{'' if arm.seed is None else f'_{arm.seed}'}.parquet"
         key = edit_key(base, arm.what)
         items = _stored(path, key)
@@ -111,7 +117,7 @@ def _measure(model: Any, prepared: PreparedBattery, arm: Arm) -> pd.DataFrame:
         with arm.what.applied(model):
             return prepared.measure(model).items
     except TomsparseError as error:
-        raise TomsparseError(f"At arm {arm.family!r}: {error}") from error
+        raise TomsparseError(f"At {arm.label}: {error}") from error
 
 
 def _stored(path: Path, key: str) -> pd.DataFrame | None:

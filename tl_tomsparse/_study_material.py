@@ -5,7 +5,7 @@ Every sensitivity is a file of the study's folder as soon as it is finished, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from hashlib import blake2b
@@ -123,35 +123,32 @@ def make_material(model: Any, settings: StudySettings, own: Stories | None = Non
     )
 
 
+def sensitivity_path(folder: Path, name: str) -> Path:
+    """Of the sensitivity to a task."""
+    return folder / f"sensitivity_{name}.safetensors"
+
+
 def make_sensitivities(
     model: Any,
     material: Material,
+    names: Iterable[str],
     settings: StudySettings,
     folder: Path,
     *,
-    progress: Callable[[str], None],
-    show_progress: bool,
-) -> dict[str, Sensitivity]:
-    """The sensitivity to each task and to "task" itself, the mean over its parts; those in the folder are
-    read.
-    """
-    found: dict[str, Sensitivity] = {}
-    for name, samples in material.tasks.items():
-        path = folder / f"sensitivity_{name}.safetensors"
+    progress: Callable[[str], None] = lambda _message: None,
+    show_progress: bool = False,
+) -> None:
+    """See that the sensitivities to tasks of these names are in the folder."""
+    for name in names:
+        samples, path = material.tasks[name], sensitivity_path(folder, name)
         if not path.exists():
             progress(f"Sensitivity to {len(samples)} samples of {name.replace('_', ' ')}")
-        found[name] = stored_sensitivity(model, samples, settings.matrices, path, show_progress=show_progress)
-    return _with_task(found)
+        stored_sensitivity(model, samples, settings.matrices, path, show_progress=show_progress)
 
 
 def read_sensitivities(material: Material, folder: Path) -> dict[str, Sensitivity]:
-    """All of them, from the folder where they are finished."""
-    return _with_task(
-        {name: Sensitivity.load(folder / f"sensitivity_{name}.safetensors") for name in material.tasks}
-    )
-
-
-def _with_task(found: dict[str, Sensitivity]) -> dict[str, Sensitivity]:
+    """All of them, and "task" itself, the mean over its parts."""
+    found = {name: Sensitivity.load(sensitivity_path(folder, name)) for name in material.tasks}
     return found | {"task": merged(found, range(CHUNKS))}
 
 

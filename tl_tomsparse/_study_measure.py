@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
 from tl_tomsparse._overlap import Overlap, overlap
-from tl_tomsparse._points import Point, PointMeter
-from tl_tomsparse._study_arms import FEW, Arm, make_arms
+from tl_tomsparse._points import Point, PointMeter, PointRecord, edit_key
+from tl_tomsparse._study_arms import FEW, Arm
 from tl_tomsparse._study_material import Material, merged
 from tl_tomsparse._study_stories import CHUNKS
 from tl_tomsparse.edit import SparseEdit
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _TUNED, _LOSS = "tomsparse.tuned", "tomsparse.loss_change"
 _TERMS = tuple(term for term in TERMS if term != "diagonal")
+Stored = Callable[[PointRecord], None]
 
 
 def choose(
@@ -56,111 +57,115 @@ def choose(
     return choose_kappa(sweep).kappa
 
 
+def study_meter(model: Any, material: Material, store: Stored, resume: Iterable[PointRecord]) -> PointMeter:
+    """Measures edits on the held-out questions and text."""
+    return PointMeter(model, material.scoring, material.text, operator="mean", on_point=store, resume=resume)
+
+
 def measure(
     model: Any,
     material: Material,
-    masks: Mapping[str, SparseMask],
-    sensitivities: Mapping[str, Sensitivity],
-    kappa: float,
+    arms: Sequence[Arm],
+    meter: PointMeter,
+    mask: SparseMask,
     settings: StudySettings,
     out: Path,
     progress: Callable[[str], None],
-    bars: Mapping[str, Any],
+    show_progress: bool,
 ) -> tuple[dict[str, list[Point]], list[dict[str, Any]]]:
     """The points of every family, and what each arm is."""
-    meter = PointMeter(
-        model,
-        material.scoring,
-        material.text,
-        operator="mean",
-        on_point=bars["on_point"],
-        resume=bars["resume"],
-    )
     points: dict[str, list[Point]] = {}
     rows: list[dict[str, Any]] = []
 
     def take(arm: Arm) -> None:
-        label = f"arm {arm.family!r}" + ("" if arm.seed is None else f", seed {arm.seed}")
-        points.setdefault(arm.family, []).append(meter.measure(arm.what, label))
+        points.setdefault(arm.family, []).append(meter.measure(arm.what, arm.label))
         n_weights = 0 if arm.what is None else len(arm.what)
         rows.append({"family": arm.family, "seed": arm.seed, "dose": arm.dose, "n_weights": n_weights})
 
-    arms = list(make_arms(model, masks, sensitivities, kappa, settings))
-    n_questions = len(material.scoring.questions)
-    progress(f"{len(arms)} edits on {n_questions} held-out questions")
-    for arm in tqdm(arms, desc="arms", disable=not bars["show_progress"]):
+    progress(f"{len(arms)} edits on {len(material.scoring.questions)} held-out questions")
+    for arm in tqdm(arms, desc="arms", disable=not show_progress):
         take(arm)
-    trained = to_train(masks["mask"], settings)
-    if trained:
-        size = len(masks["mask"])
-        progress(f"Training {size} weights, and as many random ones, {len(trained)} times")
-        for which in tqdm(trained, desc="training", disable=not bars["show_progress"]):
+    to_train = masks_to_train(mask, settings)
+    if to_train:
+        progress(f"Training {len(mask)} weights, and as many random ones, {len(to_train)} times")
+        for which in tqdm(to_train, desc="training", disable=not show_progress):
             take(tuned_arm(model, which, material, settings, out))
     return points, rows
 
 
-class Trained(NamedTuple):
-    """Entries to be trained: those of the mask, or random ones of a seed."""
+class MaskArm(NamedTuple):
+    """The mask, or a random one of a seed, by its family."""
 
     family: str
     seed: int | None
     mask: SparseMask
 
+    def path(self, out: Path, name: str) -> Path:
+        """The file of what was made of it."""
+        return out / f"{name}{'' if self.seed is None else f'_{self.seed}'}.safetensors"
 
-def to_train(mask: SparseMask, settings: StudySettings) -> list[Trained]:
-    """The mask and random ones; nothing if the mask is empty."""
+
+def _with_random(family: str, random: str, mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
     seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
-    random = (Trained("tuned_random", seed, mask.random_like(seed)) for seed in seeds)
-    return [Trained("tuned", None, mask), *random] if len(mask) else []
+    return [MaskArm(family, None, mask), *(MaskArm(random, seed, mask.random_like(seed)) for seed in seeds)]
 
 
-def tuned_arm(model: Any, which: Trained, material: Material, settings: StudySettings, out: Path) -> Arm:
+def masks_to_train(mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
+    """The mask and random ones; nothing if the mask is empty."""
+    return _with_random("tuned", "tuned_random", mask, settings) if len(mask) else []
+
+
+def masks_to_predict(mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
+    """Those whose change of the loss is predicted."""
+    return _with_random("mask", "random_matrix", mask, settings)
+
+
+def tuned_arm(model: Any, which: MaskArm, material: Material, settings: StudySettings, out: Path) -> Arm:
     """The trained edit, read from its file if it is there."""
-    name = which.family if which.seed is None else f"{which.family}_{which.seed}"
-    edit = _tuned(model, which.mask, material, settings, out / f"{name}.safetensors")
-    return Arm(which.family, which.seed, edit)
-
-
-def _tuned(
-    model: Any, mask: SparseMask, material: Material, settings: StudySettings, path: Path
-) -> SparseEdit:
-    if path.exists():
-        edit, (tensors, _) = SparseEdit.zero(model, mask), read_safetensors(path, _TUNED)
-        return replace(edit, after={key: tensors[_stored(key)] for key in edit.before}, operator="tuned")
+    path, header = which.path(out, which.family), _header(_TUNED, which)
+    stored = _read(path, header)
+    if stored is not None:
+        edit = SparseEdit.zero(model, which.mask)
+        after = {key: stored[0][_name(key)] for key in edit.before}
+        return Arm(which.family, which.seed, replace(edit, after=after, operator="tuned"))
     trained = tune(
-        model, mask, material.task, steps=settings.tune_steps, seed=settings.seed, show_progress=False
+        model, which.mask, material.task, steps=settings.tune_steps, seed=settings.seed, show_progress=False
     ).edit
-    header = {"kind": _TUNED, "identity": mask.identity.to_dict()}
-    write_safetensors(path, {_stored(key): value for key, value in trained.after.items()}, header)
-    return trained
+    write_safetensors(path, {_name(key): value for key, value in trained.after.items()}, header)
+    return Arm(which.family, which.seed, trained)
 
 
 def loss_changes(
-    model: Any,
-    material: Material,
-    mask: SparseMask,
-    sensitivity: Sensitivity,
-    settings: StudySettings,
-    out: Path,
-    show_progress: bool,
+    model: Any, material: Material, which: Iterable[MaskArm], sensitivity: Sensitivity, out: Path
 ) -> dict[tuple[str, int | None], LossChange]:
-    """Of the mask and of random ones, on held-out false-belief answers."""
-    seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
-    named = [("mask", None, mask), *(("random_matrix", s, mask.random_like(s)) for s in seeds)]
+    """Of these masks, on held-out false-belief answers; read from their files if they are there."""
     found: dict[tuple[str, int | None], LossChange] = {}
-    for family, seed, which in tqdm(named, desc="loss changes", disable=not show_progress):
-        path = out / f"loss_{family}{'' if seed is None else f'_{seed}'}.safetensors"
-        if path.exists():
-            tensors, header = read_safetensors(path, _LOSS)
-            samples = {term: tensors[term].numpy() for term in _TERMS}
-            found[family, seed] = LossChange(samples, float(header["diagonal"]), len(which))
-            continue
-        edit = SparseEdit.mean(model, which)
-        change = loss_change(model, edit, material.answers, sensitivity=sensitivity, show_progress=False)
-        tensors = {term: torch.from_numpy(values) for term, values in change.samples.items()}
-        write_safetensors(path, tensors, {"kind": _LOSS, "diagonal": change.diagonal})
-        found[family, seed] = change
+    for arm in which:
+        path, header = arm.path(out, f"loss_{arm.family}"), _header(_LOSS, arm)
+        stored = _read(path, header)
+        if stored is not None:
+            samples = {term: stored[0][term].numpy() for term in _TERMS}
+            change = LossChange(samples, float(stored[1]["diagonal"]), len(arm.mask))
+        else:
+            edit = SparseEdit.mean(model, arm.mask)
+            change = loss_change(model, edit, material.answers, sensitivity=sensitivity, show_progress=False)
+            tensors = {term: torch.from_numpy(values) for term, values in change.samples.items()}
+            write_safetensors(path, tensors, {**header, "diagonal": change.diagonal})
+        found[arm.family, arm.seed] = change
     return found
+
+
+def _header(kind: str, which: MaskArm) -> dict[str, Any]:
+    """What a file is of: the weights, and the entries."""
+    return {"kind": kind, "key": edit_key(which.mask.identity.fingerprint, which.mask)}
+
+
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """A file, if it is there and of this."""
+    if not path.exists():
+        return None
+    tensors, found = read_safetensors(path, header["kind"])
+    return (tensors, found) if found.get("key") == header["key"] else None
 
 
 def mask_overlaps(
@@ -198,5 +203,5 @@ def mask_overlaps(
     return rows, halves
 
 
-def _stored(key: tuple[int, str]) -> str:
+def _name(key: tuple[int, str]) -> str:
     return f"{key[0]}.{key[1]}"

@@ -1,30 +1,55 @@
-"""Several processes at one study: each loads the model, takes every n-th of the arms that are not measured
-yet, and appends to a file of its own in the study's folder.
+"""Several processes at one study: each takes what none has taken yet and leaves it in the study's folder,
+where the study then reads all of it.
+
+    first               sensitivities
+    once there is a     edits, trained weights, changes of the loss, the battery
+    kappa
+
+The first process is the study's own; each of the others loads the model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from time import sleep
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._folder import read_points, stored_points
 from tl_tomsparse._model import view
 from tl_tomsparse._points import PointMeter, PointRecord
-from tl_tomsparse._study_arms import make_arms
-from tl_tomsparse._study_material import make_masks, make_material, read_sensitivities
-from tl_tomsparse._study_measure import to_train, tuned_arm
+from tl_tomsparse._study_arms import main_arms, make_arms
+from tl_tomsparse._study_battery import measure_arms, prepared_battery
+from tl_tomsparse._study_material import (
+    Material,
+    make_masks,
+    make_material,
+    make_sensitivities,
+    read_sensitivities,
+    sensitivity_path,
+)
+from tl_tomsparse._study_measure import (
+    loss_changes,
+    masks_to_predict,
+    masks_to_train,
+    study_meter,
+    tuned_arm,
+)
 from tl_tomsparse._study_stories import Stories
 
 if TYPE_CHECKING:
     from tl_tomsparse._study_settings import StudySettings
 
 Load = Callable[[], Any]
+Item = TypeVar("Item")
+_PHASES = ("sensitivities", "arms", "training", "loss changes", "battery")
+_PAUSE = 0.1  # seconds between looks at what others do
 
 
 def others_points(out: Path) -> list[PointRecord]:
@@ -36,55 +61,143 @@ def others_points(out: Path) -> list[PointRecord]:
 
 
 class Job(NamedTuple):
-    """What every process of a study is told."""
+    """What every process of a study is told; `turns` counts what is taken of each kind, `kappa` is 0 until it
+    is chosen.
+    """
 
     load: Load
     settings: StudySettings
     out: Path
-    kappa: float
     fingerprint: str
-    processes: int
     own: Stories | None
+    turns: Mapping[str, Any]
+    kappa: Any
 
 
-def measure_in_processes(job: Job) -> None:
-    """All arms, measured side by side.
+def make_job(load: Load, settings: StudySettings, out: Path, fingerprint: str, own: Stories | None) -> Job:
+    """A job of which nothing is taken yet."""
+    shared = torch.multiprocessing.get_context("spawn").Value
+    turns = {phase: shared("q", 0) for phase in _PHASES}
+    return Job(load, settings, out, fingerprint, own, turns, shared("d", 0.0))
+
+
+class Helpers:
+    """Further processes, beside the one that this is made in; to be used in a `with` block.
+
+    Args:
+        job: the same for all.
+        processes: how many, with this one.
+        show_progress: show progress bars.
 
     Raises:
-        TomsparseError: a process failed, or loaded other weights.
+        TomsparseError: (in the block) a process failed, or loaded other weights.
     """
-    from torch.multiprocessing import spawn
-    from torch.multiprocessing.spawn import ProcessException
 
-    try:
-        spawn(_work, (job,), nprocs=job.processes)
-    except ProcessException as error:
-        last = str(error).strip().splitlines()[-1].removeprefix(f"{TomsparseError.__module__}.")
-        raise TomsparseError(
-            f"A process of the study failed: {last}. What is finished is kept; the same call continues."
-        ) from error
+    def __init__(self, job: Job, processes: int, show_progress: bool) -> None:
+        self._job, self._processes, self._show_progress = job, processes, show_progress
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> Helpers:
+        from torch.multiprocessing import spawn
+
+        threads = max(1, (os.cpu_count() or 1) // self._processes)
+        torch.set_num_threads(threads)
+        self._context = spawn(_work, (self._job, threads), nprocs=self._processes - 1, join=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+        for process in self._context.processes:  # at the end of an undisturbed study they have ended
+            process.terminate()
+            process.join()
+
+    def sensitivities(self, model: Any, material: Material) -> None:
+        """Until all of them are in the folder."""
+        _sensitivities(model, material, self._job, self._watched)
+        while not all(sensitivity_path(self._job.out, name).exists() for name in material.tasks):
+            self._check()
+            sleep(_PAUSE)
+
+    def edits(self, model: Any, material: Material, kappa: float, meter: PointMeter) -> None:
+        """Until everything that takes a kappa is in the folder."""
+        self._job.kappa.value = kappa
+        _edits(model, material, kappa, self._job, meter, self._watched)
+        while not self._check():
+            sleep(_PAUSE)
+
+    def _watched(self, phase: str, items: Sequence[Item]) -> Iterator[Item]:
+        words = f"{phase} ({self._processes} processes)"
+        with tqdm(total=len(items), desc=words, disable=not self._show_progress) as bar:
+            for item in _taken(self._job, phase, items):
+                self._check()
+                yield item
+                bar.update(min(len(items), self._job.turns[phase].value - 1) - bar.n)  # of all processes
+
+    def _check(self) -> bool:
+        """Whether all have ended; raises if one of them failed."""
+        from torch.multiprocessing.spawn import ProcessException
+
+        try:
+            return self._context.join(timeout=0)
+        except ProcessException as error:
+            last = str(error).strip().splitlines()[-1].removeprefix(f"{TomsparseError.__module__}.")
+            raise TomsparseError(
+                f"A process of the study failed: {last}. What is finished is kept; the same call continues."
+            ) from error
 
 
-def _work(number: int, job: Job) -> None:
-    """One process' share; runs in a process of its own."""
-    load, settings, out, kappa, fingerprint, processes, own = job
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    model = load()
-    if view(model).identity().fingerprint != fingerprint:
+def _taken(job: Job, phase: str, items: Sequence[Item]) -> Iterator[Item]:
+    """Those that no other process takes."""
+    turn = job.turns[phase]
+    while True:
+        with turn.get_lock():
+            at, turn.value = turn.value, turn.value + 1
+        if at >= len(items):
+            return
+        yield items[at]
+
+
+def _work(number: int, job: Job, threads: int) -> None:
+    """What one of the further processes does."""
+    torch.set_num_threads(threads)
+    model = job.load()
+    if view(model).identity().fingerprint != job.fingerprint:
         raise TomsparseError("load() gives a model with other weights than the one that is studied")
-    material = make_material(model, settings, own)
+    material = make_material(model, job.settings, job.own)
+
+    def mine(phase: str, items: Sequence[Item]) -> Iterator[Item]:
+        return _taken(job, phase, items)
+
+    _sensitivities(model, material, job, mine)
+    while not job.kappa.value:
+        first = parent_process()
+        if first is not None and not first.is_alive():
+            return
+        sleep(_PAUSE)
+    with stored_points(job.out / f"points_{number}.jsonl") as (_, store):
+        resume = [*read_points(job.out / "points.jsonl"), *others_points(job.out)]
+        meter = study_meter(model, material, store, resume)
+        _edits(model, material, job.kappa.value, job, meter, mine)
+
+
+Mine = Callable[[str, Sequence[Any]], Iterator[Any]]
+
+
+def _sensitivities(model: Any, material: Material, job: Job, mine: Mine) -> None:
+    make_sensitivities(model, material, mine("sensitivities", list(material.tasks)), job.settings, job.out)
+
+
+def _edits(model: Any, material: Material, kappa: float, job: Job, meter: PointMeter, mine: Mine) -> None:
+    settings, out = job.settings, job.out
     sensitivities = read_sensitivities(material, out)
-    with stored_points(out / f"points_{number}.jsonl") as (_, store):
-        meter = PointMeter(
-            model,
-            material.scoring,
-            material.text,
-            operator="mean",
-            on_point=store,
-            resume=[*read_points(out / "points.jsonl"), *others_points(out)],
-        )
-        masks = make_masks(sensitivities, kappa)
-        for arm in islice(make_arms(model, masks, sensitivities, kappa, settings), number, None, processes):
-            meter.measure(arm.what, f"arm {arm.family!r}")
-        for which in to_train(masks["mask"], settings)[number::processes]:
-            meter.measure(tuned_arm(model, which, material, settings, out).what, f"arm {which.family!r}")
+    masks = make_masks(sensitivities, kappa)
+    for arm in mine("arms", list(make_arms(model, masks, sensitivities, kappa, settings))):
+        meter.measure(arm.what, arm.label)
+    for which in mine("training", masks_to_train(masks["mask"], settings)):
+        arm = tuned_arm(model, which, material, settings, out)
+        meter.measure(arm.what, arm.label)
+    predicted = mine("loss changes", masks_to_predict(masks["mask"], settings))
+    loss_changes(model, material, predicted, sensitivities["task"], out)
+    prepared = prepared_battery(model, settings)
+    if not isinstance(prepared, str):
+        measure_arms(model, prepared, mine("battery", main_arms(model, masks, settings)), out)

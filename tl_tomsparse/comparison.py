@@ -336,7 +336,9 @@ def _claims(first: _Side, others: list[_Side], boot: _Bootstraps) -> list[Contra
                 f"{one:+.1f} points against {two:+.1f} ({in_points(estimate)}, {pairing})."
             )
 
-        tests.append(Test(other.label, None, estimate.p_below(), one < 0, sentence))  # to rise less is no fall
+        tests.append(
+            Test(other.label, None, estimate.p_below(), one < 0, sentence)
+        )  # to rise less is no fall
     claims = []
     for claim, other, some in zip(decide(tests), others, found):
         made = ContrastClaim(

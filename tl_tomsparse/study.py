@@ -21,16 +21,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from tl_tomsparse._checks import TomsparseError, check_positive
-from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stored_points, versions
+from tl_tomsparse._folder import (
+    check_folder,
+    claim_folder,
+    opened_folder,
+    read_points,
+    stored_points,
+    versions,
+)
 from tl_tomsparse._model import view
 from tl_tomsparse._points import Point
 from tl_tomsparse._study_answers import Answers, collect_answers
-from tl_tomsparse._study_arms import matches_for
+from tl_tomsparse._study_arms import make_arms, matches_for
 from tl_tomsparse._study_battery import BatterySection, study_battery
 from tl_tomsparse._study_claims import Evidence, StudyClaim, claims_of
 from tl_tomsparse._study_compare import Comparer
@@ -43,9 +53,17 @@ from tl_tomsparse._study_material import (
     make_masks,
     make_material,
     make_sensitivities,
+    read_sensitivities,
 )
-from tl_tomsparse._study_measure import choose, loss_changes, mask_overlaps, measure
-from tl_tomsparse._study_processes import Job, measure_in_processes, others_points
+from tl_tomsparse._study_measure import (
+    choose,
+    loss_changes,
+    mask_overlaps,
+    masks_to_predict,
+    measure,
+    study_meter,
+)
+from tl_tomsparse._study_processes import Helpers, make_job, others_points
 from tl_tomsparse._study_settings import StudySettings
 from tl_tomsparse._study_stories import check_own, digest_of, settings_of
 from tl_tomsparse.effect import assemble
@@ -132,7 +150,7 @@ def study(
             then theirs. Controls that these stories do not ask about, and those of generated kinds
             (transfer, contents, other stories, other wordings), are left out, and claims about them are "not
             testable".
-        processes: how many measure edits side by side; each loads the model.
+        processes: how many work side by side, this one among them; each further one loads the model.
         load: gives the same model in another process, such as `functools.partial(load_model, path)`; needed
             for several processes. A script needs `if __name__ == "__main__":` then.
         progress: told what begins.
@@ -179,25 +197,36 @@ def study(
                 "versions": versions(),
             },
         )
-        sensitivities = make_sensitivities(
-            model, material, settings, out, progress=progress, show_progress=show_progress
-        )
-        with stored_points(out / "points.jsonl") as (finished, store):
+        with ExitStack() as stack:
+            helpers = None
+            if load is not None and processes > 1:
+                job = make_job(load, settings, out, seen.identity().fingerprint, own)
+                helpers = stack.enter_context(Helpers(job, processes, show_progress))
+                progress(f"Sensitivities to {len(material.tasks)} sets of samples, in {processes} processes")
+                helpers.sensitivities(model, material)
+            make_sensitivities(
+                model, material, material.tasks, settings, out, progress=progress, show_progress=show_progress
+            )
+            sensitivities = read_sensitivities(material, out)
+            finished, store = stack.enter_context(stored_points(out / "points.jsonl"))
             bars: dict[str, Any] = {"on_point": store, "resume": finished, "show_progress": show_progress}
             kappa = settings.kappa or choose(model, material, sensitivities, settings, progress, bars)
-            if load is not None and processes > 1:
-                progress(f"Edits on held-out questions, in {processes} processes")
-                fingerprint = seen.identity().fingerprint
-                measure_in_processes(Job(load, settings, out, kappa, fingerprint, processes, own))
-            bars["resume"] = [*finished, *others_points(out)]
             masks = make_masks(sensitivities, kappa)
+            if helpers is not None:
+                progress(f"Edits, training and predictions, in {processes} processes")
+                meter = study_meter(model, material, store, [*finished, *others_points(out)])
+                helpers.edits(model, material, kappa, meter)
+                finished = read_points(out / "points.jsonl")
+            meter = study_meter(model, material, store, [*finished, *others_points(out)])
+            arms = list(make_arms(model, masks, sensitivities, kappa, settings))
             points, rows = measure(
-                model, material, masks, sensitivities, kappa, settings, out, progress, bars
+                model, material, arms, meter, masks["mask"], settings, out, progress, show_progress
             )
         progress("Predicted and true changes of the loss")
-        losses = loss_changes(
-            model, material, masks["mask"], sensitivities["task"], settings, out, show_progress
+        predicted = tqdm(
+            masks_to_predict(masks["mask"], settings), desc="loss changes", disable=not show_progress
         )
+        losses = loss_changes(model, material, predicted, sensitivities["task"], out)
         progress("Heads by knock-outs")
         heads = study_heads(model, masks["mask"], settings, own, out, show_progress)
         progress("Finding things again by distance, and two kinds of text")
