@@ -480,6 +480,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
     for bad, words in (
         ({"stories": 8}, "at least 16"),
         ({"kappa": 0.0}, "edits no weight"),
+        ({"kappa": 1.0}, "leaves no weight"),
         ({"matrices": ()}, "No matrices"),
         ({"matrices": ("X",)}, "matrices="),
         ({"random_masks": 0}, "random_masks"),

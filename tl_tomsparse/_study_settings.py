@@ -74,7 +74,7 @@ class StudySettings:
         """Refuse what can be refused before any work.
 
         Raises:
-            TomsparseError: a count below one, an unknown matrix, a kappa outside (0, 1].
+            TomsparseError: a count below one, an unknown matrix, a kappa outside (0, 1).
         """
         for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks", "tune_steps"):
             check_positive(name, getattr(self, name))
@@ -94,5 +94,9 @@ class StudySettings:
             check_kappa(self.kappa)
             if not self.kappa:
                 raise TomsparseError("kappa=0.0 edits no weight; choose one above 0.")
+            if self.kappa == 1:
+                raise TomsparseError(
+                    "kappa=1.0 leaves no weight of whose mean the masked ones could be; choose one below 1."
+                )
         for path in self.text:
             read_text(Path(path))

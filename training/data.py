@@ -92,16 +92,15 @@ STAGES = (
     ),
 )  # fmt: skip
 """Looking things up by a name first: short, longer, in sentences. Then stories, second order last."""
-LONG = (
-    replace(
-        STAGES[-1], at_most=2, batch=8, width=512, chant=0.1, lookup=0.4, general=0.1, facts=(8, 48),
-        lookups=(8, 46),
-    ),
-    replace(
-        STAGES[-1], at_most=1, batch=8, width=512, chant=0.3, lookup=0.4, general=0.05, facts=(40, 80),
-        lookups=(30, 76),
-    ),
+_FARTHEST = replace(
+    STAGES[-1], at_most=1, batch=8, width=512, chant=0.3, lookup=0.4, general=0.05, facts=(40, 80),
+    lookups=(30, 76),
 )  # fmt: skip
+LONG = (
+    replace(_FARTHEST, at_most=2, chant=0.1, general=0.1, facts=(8, 48), lookups=(8, 46)),
+    _FARTHEST,
+    _FARTHEST,
+)
 """What follows, each for all of its tokens: rows as long as the context, for looking far back."""
 LEXICON = (ALL_NAMES, THINGS, PLACES, ROOMS, CONTENTS, PACKAGES)
 KEPT = frozenset(word for pool in LEXICON for word in pool)
@@ -200,11 +199,12 @@ class Rows:
         if kind == 0:
             for name, thing in zip(names, draw.sample(THINGS, n)):
                 colour = draw.choice(COLOURS)
-                parts.append(f"{name} has a {colour} {thing}.")
+                has = f"{name} has {'an' if colour[0] in 'aeiou' else 'a'}"
+                parts.append(f"{has} {colour} {thing}.")
                 asked += [
                     (f"The {thing} of {name} is", colour),
-                    (f"{name} has a", colour),
-                    (f"What does {name} have? {name} has a", colour),
+                    (has, colour),
+                    (f"What does {name} have? {has}", colour),
                     (f"The {thing} belongs to", name),
                     (f"Who has the {thing}? It is", name),
                 ]
