@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tl_tomsparse import _study_battery, localisation
 from tl_tomsparse._battery_claims import battery_claims, changes_of
 from tl_tomsparse._intervals import ClusterBootstrap
 from tl_tomsparse._model import view
-from tl_tomsparse._study_arms import Arm, make_arms
+from tl_tomsparse._study_arms import Arm, given, make_arms
 from tl_tomsparse._study_battery import _TASKS, battery_section, measure_arms, study_battery
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.study_report import _localisation
@@ -147,8 +148,8 @@ def test_the_claims_are_one_family() -> None:
 
 def test_changes_are_counted_item_by_item_and_drawn_again_by_group() -> None:
     items = arms_of({"key_value": 0.6}, costs={"prose": 1.1})
-    arms = [Arm("before", None, None), Arm("mask", None, None), Arm("general_only", None, None)]
-    arms += [Arm("random_matrix", seed, None) for seed in range(N_RANDOM)]
+    arms = [Arm("before", None), Arm("mask", None), Arm("general_only", None)]
+    arms += [Arm("random_matrix", seed) for seed in range(N_RANDOM)]
     section = battery_section(arms, [frame for frames in items.values() for frame in frames], SETTINGS)
     table = section.changes.set_index(["comparison", "task", "subset"])
     assert len(table) == 3 * (2 * (len(DISTANCES) + 1) + 2)
@@ -197,7 +198,11 @@ def test_blind_queries_are_found_and_no_change_is_not(tmp_path: Path) -> None:
     measured = measure_arms(
         model,
         prepared,
-        [Arm("before", None, None), Arm("mask", None, edits[0]), Arm("general_only", None, edits[1])],
+        [
+            Arm("before", None),
+            Arm("mask", None, partial(given, edits[0])),
+            Arm("general_only", None, partial(given, edits[1])),
+        ],
         tmp_path,
     )
     before, blind, same = measured
@@ -208,8 +213,12 @@ def test_blind_queries_are_found_and_no_change_is_not(tmp_path: Path) -> None:
         ((blind, edits[0]), same, "supported", "not supported"),
         ((same, edits[1]), blind, "not supported", "supported"),
     ):
-        arms = [Arm("before", None, None), Arm("mask", None, mask[1]), Arm("general_only", None, edits[1])]
-        arms += [Arm("random_matrix", seed, None) for seed in range(N_RANDOM)]
+        arms = [
+            Arm("before", None),
+            Arm("mask", None, partial(given, mask[1])),
+            Arm("general_only", None, partial(given, edits[1])),
+        ]
+        arms += [Arm("random_matrix", seed) for seed in range(N_RANDOM)]
         section = battery_section(arms, [before, mask[0], same, *[random] * N_RANDOM], SETTINGS)
         found = {claim.claim: claim for claim in section.claims}
         assert [found[name].status for name in ("key_value_falls", "prose_stays", "patterns_stays")] == [

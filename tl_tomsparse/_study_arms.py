@@ -13,8 +13,10 @@ tuned, tuned_random          entries of the mask, and of random masks, trained o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -33,30 +35,41 @@ if TYPE_CHECKING:
 MATCHES: tuple[Match, ...] = get_args(Match)
 SHARES = (0.25, 0.5, 0.75)
 DOSES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0)  # times the chosen kappa
-FEW = 5  # random masks beside each operator, dose, rescue and tuning
+FEW = 5  # random masks beside what takes long
 
 _NO_ENTRIES = np.empty(0, np.int64)
 
 
-class Arm(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Arm:
     """One thing to measure.
 
     Attributes:
         family: what it is one of; all arms of a random family are drawn again together.
         seed: of a random one.
-        what: the edit; None for the unedited model.
+        make: gives the edit, None for the unedited model; called once, and only by who measures it.
         dose: what varies in the family: kappa, or the share that is left as it is.
     """
 
     family: str
     seed: int | None
-    what: SparseEdit | None
+    make: Callable[[], SparseEdit | None] = lambda: None
     dose: float | None = None
+
+    @cached_property
+    def what(self) -> SparseEdit | None:
+        """The edit."""
+        return self.make()
 
     @property
     def label(self) -> str:
         """Its name in an error."""
         return f"arm {self.family!r}" + ("" if self.seed is None else f", seed {self.seed}")
+
+
+def given(edit: SparseEdit) -> SparseEdit:
+    """An edit that is made already, for `Arm.make`."""
+    return edit
 
 
 def matches_for(model: Any, mask: SparseMask) -> tuple[Match, ...]:
@@ -69,13 +82,14 @@ def matches_for(model: Any, mask: SparseMask) -> tuple[Match, ...]:
 
 def main_arms(model: Any, masks: Mapping[str, SparseMask], settings: StudySettings) -> list[Arm]:
     """The few arms of what takes long: no edit, the mask, general text alone, the first random masks."""
-    edit = SparseEdit.mean(model, masks["mask"])
+    mask = masks["mask"]
+    edit = SparseEdit.mean(model, mask)
     seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
     return [
-        Arm("before", None, None),
-        Arm("mask", None, edit),
-        Arm("general_only", None, edit.on(model, masks["general_only"])),
-        *(Arm("random_matrix", seed, edit.on(model, masks["mask"].random_like(seed))) for seed in seeds),
+        Arm("before", None),
+        Arm("mask", None, partial(given, edit)),
+        Arm("general_only", None, partial(edit.on, model, masks["general_only"])),
+        *(Arm("random_matrix", seed, partial(_on_random, edit, model, mask, seed)) for seed in seeds),
     ]
 
 
@@ -88,18 +102,16 @@ def make_arms(
 ) -> Iterator[Arm]:
     """All arms but the tuned ones, one after the other."""
     mask, seeds = masks["mask"], range(settings.seed, settings.seed + settings.random_masks)
-    few = seeds[: min(FEW, len(seeds))]
+    few = seeds[: min(settings.few_masks, len(seeds))]
     edit = SparseEdit.mean(model, mask)
-    yield Arm("before", None, None)
-    yield Arm("mask", None, edit)
+    yield Arm("before", None)
+    yield Arm("mask", None, partial(given, edit))
     for name, control in masks.items():
         if name != "mask":
-            yield Arm(name, None, edit.on(model, control))
+            yield Arm(name, None, partial(edit.on, model, control))
     for match in matches_for(model, mask):
         for seed in seeds:
-            yield Arm(
-                f"random_{match}", seed, edit.on(model, mask.random_like(seed, match=match, model=model))
-            )
+            yield Arm(f"random_{match}", seed, partial(_on_random, edit, model, mask, seed, match))
     operators = {
         "zero": SparseEdit.zero(model, mask),
         "flip": SparseEdit.scale(model, mask, -1.0),
@@ -108,27 +120,33 @@ def make_arms(
         "resample": SparseEdit.resample(model, mask, seed=settings.seed),
     }
     for name, other in operators.items():
-        yield Arm(f"operator_{name}", None, other)
+        yield Arm(f"operator_{name}", None, partial(given, other))
         for seed in few:
-            yield Arm(f"operator_{name}_random", seed, other.on(model, mask.random_like(seed)))
+            yield Arm(f"operator_{name}_random", seed, partial(_on_random, other, model, mask, seed))
     for dose in DOSES:
         if kappa * dose > 0.5:
             continue
         less = top_fraction(sensitivities["task"], kappa * dose)
         less = less - top_fraction(sensitivities["general"], kappa * dose)
-        yield Arm(f"dose_{dose:g}", None, edit.on(model, less), kappa * dose)
+        yield Arm(f"dose_{dose:g}", None, partial(edit.on, model, less), kappa * dose)
         for seed in few:
-            yield Arm(f"dose_{dose:g}_random", seed, edit.on(model, less.random_like(seed)), kappa * dose)
+            random = partial(_on_random, edit, model, less, seed)
+            yield Arm(f"dose_{dose:g}_random", seed, random, kappa * dose)
     for share in SHARES:
-        yield Arm(
-            f"rescue_{share:g}",
-            None,
-            edit.restrict(mask - most_sensitive(sensitivities["task"], mask, share)),
-            share,
-        )
+        rest = mask - most_sensitive(sensitivities["task"], mask, share)
+        yield Arm(f"rescue_{share:g}", None, partial(edit.restrict, rest), share)
         for seed in few:
-            kept = edit.restrict(mask - random_part(mask, share, seed))
-            yield Arm(f"rescue_{share:g}_random", seed, kept, share)
+            yield Arm(f"rescue_{share:g}_random", seed, partial(_rescued, edit, share, seed), share)
+
+
+def _on_random(
+    edit: SparseEdit, model: Any, mask: SparseMask, seed: int, match: Match = "matrix"
+) -> SparseEdit:
+    return edit.on(model, mask.random_like(seed, match=match, model=model))
+
+
+def _rescued(edit: SparseEdit, share: float, seed: int) -> SparseEdit:
+    return edit.restrict(edit.mask - random_part(edit.mask, share, seed))
 
 
 def most_sensitive(sensitivity: Sensitivity, mask: SparseMask, share: float) -> SparseMask:

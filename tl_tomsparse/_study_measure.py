@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from tl_tomsparse._artifacts import read_safetensors, write_safetensors
 from tl_tomsparse._overlap import Overlap, overlap
 from tl_tomsparse._points import Point, PointMeter, PointRecord, edit_key
-from tl_tomsparse._study_arms import FEW, Arm
+from tl_tomsparse._study_arms import FEW, Arm, given
 from tl_tomsparse._study_material import Material, merged
 from tl_tomsparse._study_stories import CHUNKS
 from tl_tomsparse.edit import SparseEdit
@@ -106,7 +107,7 @@ class MaskArm(NamedTuple):
 
 
 def _with_random(family: str, random: str, mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
-    seeds = range(settings.seed, settings.seed + min(FEW, settings.random_masks))
+    seeds = range(settings.seed, settings.seed + min(settings.few_masks, settings.random_masks))
     return [MaskArm(family, None, mask), *(MaskArm(random, seed, mask.random_like(seed)) for seed in seeds)]
 
 
@@ -127,12 +128,13 @@ def tuned_arm(model: Any, which: MaskArm, material: Material, settings: StudySet
     if stored is not None:
         edit = SparseEdit.zero(model, which.mask)
         after = {key: stored[0][_name(key)] for key in edit.before}
-        return Arm(which.family, which.seed, replace(edit, after=after, operator="tuned"))
-    trained = tune(
+        trained = replace(edit, after=after, operator="tuned")
+        return Arm(which.family, which.seed, partial(given, trained))
+    found = tune(
         model, which.mask, material.task, steps=settings.tune_steps, seed=settings.seed, show_progress=False
     ).edit
-    write_safetensors(path, {_name(key): value for key, value in trained.after.items()}, header)
-    return Arm(which.family, which.seed, trained)
+    write_safetensors(path, {_name(key): value for key, value in found.after.items()}, header)
+    return Arm(which.family, which.seed, partial(given, found))
 
 
 def loss_changes(

@@ -27,6 +27,8 @@ class StudySettings:
         kappa: sparsity of all masks; None chooses it on dev stories.
         matrices: which weights.
         random_masks: random masks of each kind; a claim needs at least 19.
+        few_masks: of these, how many are beside each operator, dose and rescue, are trained too, and have
+            their change of the loss predicted.
         tune_steps: updates when masked weights are trained.
         head_stories: stories on which heads are found, and as many on which they are measured; 0 leaves heads
             out.
@@ -47,6 +49,7 @@ class StudySettings:
     kappa: float | None = None
     matrices: tuple[str, ...] = ("Q", "K")
     random_masks: int = 20
+    few_masks: int = 5
     tune_steps: int = 100
     head_stories: int = 6
     localisation_items: int = 20
@@ -62,9 +65,10 @@ class StudySettings:
             self,
             stories=64,
             dev_stories=12,
-            test_stories=48,
-            windows=60,
+            test_stories=40,
+            windows=40,
             random_masks=19,
+            few_masks=3,
             tune_steps=20,
             head_stories=3,
             localisation_items=10,
@@ -76,9 +80,10 @@ class StudySettings:
         Raises:
             TomsparseError: a count below one, an unknown matrix, a kappa outside (0, 1).
         """
-        for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks", "tune_steps"):
+        for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks", "few_masks"):
             check_positive(name, getattr(self, name))
-        check_positive("n_draws", self.n_draws)
+        for name in ("tune_steps", "n_draws"):
+            check_positive(name, getattr(self, name))
         for name in ("head_stories", "localisation_items"):
             if getattr(self, name) < 0:
                 raise TomsparseError(f"{name}={getattr(self, name)!r} must be 0 or more.")
