@@ -69,7 +69,7 @@ class StudySettings:
             windows=40,
             random_masks=19,
             few_masks=3,
-            tune_steps=20,
+            tune_steps=10,
             head_stories=3,
             localisation_items=10,
         )
