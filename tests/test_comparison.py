@@ -32,6 +32,7 @@ def planted(
     *,
     seed: int,
     random: dict[str, float] | None = None,
+    before: dict[str, float] | None = None,
     n_stories: int = 120,
     n_random: int = 20,
     n_weights: int = 40,
@@ -45,7 +46,7 @@ def planted(
     made = Planted(n_stories=n_stories, seed=seed)
     answers = made.answers(
         {
-            "before": [made.point({}, noise=0.0)],
+            "before": [made.point(before or {}, noise=0.0)],
             "mask": [made.point(mask, cost=cost)],
             "random_matrix": [made.point(random or {}) for _ in range(n_random)],
         }
@@ -58,7 +59,7 @@ def planted(
         *[none] * 5,
         {"mask": tt.SparseMask(identity, SHAPES, entries)},
         HeadSection([Claim("heads_found", "not supported", ".")]),
-        BatterySection(),
+        BatterySection([StudyClaim("prose_stays", "supported", ".")]),
         answers,
         kappa,
         {
@@ -140,6 +141,19 @@ def test_to_rise_less_is_not_to_fall() -> None:
     assert "is not shown to fall more, beyond random masks, in less than in more: +" in claim.sentence
     turned = only(compared(more=more, less=less))
     assert turned.low > 0.2
+    assert "is not shown to fall more" in turned.sentence
+
+
+def test_to_rise_less_than_under_random_masks_is_not_to_fall(untouched: tt.Study) -> None:
+    rises = planted(
+        {"false_belief": 0.75}, seed=1, before={"false_belief": 0.6}, random={"false_belief": 0.97}
+    )
+    claim = only(compared(RoPE=rises, ALiBi=untouched))
+    assert claim.high < 0
+    assert claim.status == "not supported"
+    assert "is not shown to fall more" in claim.sentence
+    turned = only(compared(ALiBi=untouched, RoPE=rises))
+    assert turned.low > 0
     assert "is not shown to fall more" in turned.sentence
 
 
@@ -286,6 +300,7 @@ def test_claims_of_all_studies_are_one_table(fallen: tt.Study) -> None:
         "more_than_random_pair": {"RoPE": "supported", "ALiBi": "not made"},
         "dose": {"RoPE": "not supported", "ALiBi": "not supported"},
         "heads: heads_found": {"RoPE": "not supported", "ALiBi": "not supported"},
+        "localisation: prose_stays": {"RoPE": "supported", "ALiBi": "supported"},
     }
     assert found.settings.to_dict("index") == {"stories": {"RoPE": "40", "ALiBi": "44"}}
     assert list(found.models.n_weights) == [40, 40]

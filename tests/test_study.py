@@ -7,6 +7,7 @@ import html
 import json
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from math import comb
 from pathlib import Path
@@ -49,15 +50,19 @@ def evidence(
     copies: int = 1,
     n_stories: int = 200,
     left_out: dict[str, str] | None = None,
+    true_belief: bool = True,
+    n_few: int = 5,
 ) -> dict[str, Any]:
     """The claims where every family has the rates of the unedited model, but those that are given."""
     planted = Planted(n_stories=n_stories)
     half = planted.questions.story_id.str[1:].astype(int) % 2 == 1
     planted.questions.loc[half, "scenario"] = "contents"
+    if not true_belief:
+        planted.questions.loc[planted.questions.category == "true_belief", "category"] = "memory"
     given = {"mask": LOW, **(rates or {})}
     usual = before or {}
     families = dict.fromkeys(("before", "mask", *CONTROLS, "transfer", "contents", "tuned"), 1)
-    families |= {"operator_amplify": 1, "rescue_0.5": 1, "rescue_0.5_random": 5, "tuned_random": 5}
+    families |= {"operator_amplify": 1, "rescue_0.5": 1, "rescue_0.5_random": n_few, "tuned_random": n_few}
     families |= {f"dose_{dose:g}": 1 for dose in DOSES}
     families |= dict.fromkeys(("random_matrix", *RANDOM), n_random)
     points = {
@@ -157,6 +162,26 @@ def test_few_random_masks_are_no_placebo() -> None:
     assert "at least 19" in found.sentence
 
 
+@pytest.mark.parametrize("claim", ["rescue", "tuning_helps"])
+def test_a_mean_of_few_random_masks_is_none(claim: str) -> None:
+    found = evidence(n_few=4)[claim]
+    assert found.status == "not testable"
+    assert "4 random masks are too few for their mean; use at least 5" in found.sentence
+
+
+def test_stories_without_true_beliefs_say_nothing_of_selectivity() -> None:
+    found = evidence(true_belief=False)
+    assert found["selective"].status == "not testable"
+    assert "true_belief" in found["selective"].sentence
+    assert found["more_than_lowest"].status == "supported"
+
+
+def test_a_fall_at_the_largest_dose_alone_is_one_on_average() -> None:
+    found = evidence({"dose_2": {"false_belief": 0.1}, "mask": {"false_belief": 0.8}})["dose"]
+    assert found.status == "supported"
+    assert "falls on average with a doubling of kappa" in found.sentence
+
+
 def test_masks_that_share_no_more_than_chance_are_not_stable() -> None:
     assert statuses(halves=Overlap(1, (40, 40), 0.9, 0.6))["stable"] == "not supported"
 
@@ -177,6 +202,7 @@ def test_losses_of_one_group_of_stories_are_drawn_again_together() -> None:
     [
         ("tuning_helps", {"tuned": 0.75, "tuned_random": 0.3}),
         ("rescue", {"rescue_0.5": 0.3, "rescue_0.5_random": 0.05}),
+        ("rescue", {"mask": 0.9, "rescue_0.5": 0.99, "rescue_0.5_random": 0.6}),
         ("more_than_lowest", {"mask": 0.85, "lowest": 0.99}),
     ],
 )
@@ -223,6 +249,29 @@ def test_the_null_of_an_overlap_is_hypergeometric() -> None:
     )
     assert found.p == pytest.approx(p)
     assert overlap(mask([], []), mask([1], [])).p == pytest.approx(1.0)
+    # A matrix of which nothing may be chosen says nothing.
+    without, b = mask([], list(range(6))), mask([2, 3, 4], [5])
+    inside = overlap(mask([0, 1, 2, 3], []), b, without=without)
+    assert (inside.common, inside.expected) == (2, 1.0)
+    assert inside.p == pytest.approx(sum(chance(12, 4, 3)[2:]))
+
+
+def test_chances_below_the_smallest_number_change_nothing() -> None:
+    """Of 5,000 entries, most numbers in common have a probability that is zero in float64."""
+    identity, n = view(tiny.model("llama")).identity(), 5000
+    shapes = {(0, "Q"): (1, 1, n), (1, "Q"): (1, 1, n)}
+
+    def mask(first: int, size: int) -> tt.SparseMask:
+        entries = torch.arange(first, first + size)
+        return tt.SparseMask(identity, shapes, {(0, "Q"): entries, (1, "Q"): entries})
+
+    found = overlap(mask(0, 2000), mask(1190, 2000))
+    assert found.common == 1620
+    one = [Fraction(comb(2000, k) * comb(3000, 2000 - k), comb(n, 2000)) for k in range(700, 901)]
+    both = sum(
+        one[i] * sum(one[max(0, 1620 - 700 - (700 + i)) :]) for i in range(len(one))
+    )  # the rest is below 1e-10 of it
+    assert found.p == pytest.approx(float(both), rel=1e-6)
 
 
 def test_what_two_masks_leave_out_is_not_counted_as_chance() -> None:
@@ -476,7 +525,7 @@ def test_studies_are_compared_from_their_folders(finished: tuple[tt.Study, Path]
 
 
 def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
-    model = tiny.model("llama")
+    model = tiny.model("neox")  # without a gate
     for bad, words in (
         ({"stories": 8}, "at least 16"),
         ({"kappa": 0.0}, "edits no weight"),
@@ -484,10 +533,42 @@ def test_bad_settings_are_refused_before_any_work(tmp_path: Path) -> None:
         ({"matrices": ()}, "No matrices"),
         ({"matrices": ("X",)}, "matrices="),
         ({"random_masks": 0}, "random_masks"),
+        ({"few_masks": 0}, "few_masks=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"length": 1}, "length=1 must be at least 2"),
+        ({"accuracy_margin": float("nan")}, "accuracy_margin=nan must be a finite number"),
+        ({"perplexity_margin": -0.1}, "perplexity_margin=-0.1"),
+        ({"matrices": ("Q", "gate")}, "gate"),
     ):
         with pytest.raises(tt.TomsparseError, match=words):
             tt.study(model, tmp_path / "x", tt.StudySettings(**bad), show_progress=False)  # type: ignore[arg-type]
     assert not (tmp_path / "x").exists()
+
+
+def test_an_edited_model_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    shape = view(model).shape((0, "Q"))
+    mask = tt.SparseMask.from_bool(model, {(0, "Q"): torch.ones(shape).bool()})
+    edited = tt.SparseEdit.zero(model, mask).applied(model)
+    with edited, pytest.raises(tt.TomsparseError, match=r"has an active edit.*before a study"):
+        tt.study(model, tmp_path / "x", SMALL, show_progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_refuses_a_study_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the run has begun")
+
+    monkeypatch.setattr(cli, "run_pipeline", never)
+    for options, words in (
+        (["--processes", "0"], "processes=0 must be at least 1"),
+        (["--stories", "12"], "stories=12 must be at least 16"),
+    ):
+        done = CliRunner().invoke(cli.app, ["run", "--out", str(tmp_path / "x"), "--study", *options])
+        assert done.exit_code == 2
+        assert words in done.output
 
 
 def test_the_command_line_runs_the_study_at_the_kappa_of_the_run(
@@ -549,6 +630,9 @@ def test_two_processes_measure_what_one_does(
     monkeypatch.undo()
     with pytest.raises(tt.TomsparseError, match="processes=2 needs load="):
         tt.study(load(), tmp_path / "x", SMALL, processes=2, show_progress=False)
+    with pytest.raises(tt.TomsparseError, match=r"cannot be sent to another process.*functools.partial"):
+        tt.study(load(), tmp_path / "x", SMALL, processes=2, load=lambda: load(), show_progress=False)
+    assert not (tmp_path / "x").exists()
     other = partial(tt.load_model, tiny.directory("neox"), device="cpu")
     with pytest.raises(tt.TomsparseError, match="other weights"):
         tt.study(load(), tmp_path / "copy", SMALL, processes=2, load=other, show_progress=False)

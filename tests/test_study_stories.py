@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,13 +167,36 @@ def test_another_process_measures_the_same(
     monkeypatch.setattr(_study_processes.torch, "set_num_threads", lambda _: None)
     own = pickle.loads(pickle.dumps(own_stories()))
     settings, fingerprint = settings_of(own, SMALL), view(model).identity().fingerprint
-    job = _study_processes.make_job(lambda: model, settings, tmp_path, fingerprint, own)
+    samples = json.loads((out / "run.json").read_text())["samples"]
+    other = _study_processes.make_job(lambda: model, settings, tmp_path, fingerprint, "other", own)
+    with pytest.raises(tt.TomsparseError, match="another tokenizer, or texts have changed"):
+        _study_processes._work(0, other, 1)
+    job = _study_processes.make_job(lambda: model, settings, tmp_path, fingerprint, samples, own)
+    job.kappa.value = 0.02
+    with monkeypatch.context() as patch:
+        patch.setattr(_study_processes, "_alone", lambda: True)
+        _study_processes._work(0, job, 1)
+    assert not (tmp_path / "points_0.jsonl").exists()
+    assert {turn.value for turn in job.turns.values()} <= {0, 1}
+    job = _study_processes.make_job(lambda: model, settings, tmp_path, fingerprint, samples, own)
     job.kappa.value = 0.02
     _study_processes._work(0, job, 1)
     expected = {record["key"]: record for record in read_points(out / "points.jsonl")}
     found = read_points(tmp_path / "points_0.jsonl")
     assert len(found) == 6
     assert all(expected[record["key"]] == record for record in found)
+
+
+def test_what_interrupted_processes_had_taken_is_not_waited_for(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A helper that Ctrl-C has ended is no failure; nothing of its work will come."""
+    job = _study_processes.make_job(lambda: model, SMALL, tmp_path, "", "", None)
+    helpers = _study_processes.Helpers(job, 2, False)
+    monkeypatch.setattr(helpers, "_context", SimpleNamespace(join=lambda timeout: True), raising=False)
+    monkeypatch.setattr(_study_processes, "_taken", lambda _job, _phase, _items: iter(()))
+    helpers.sensitivities(model, make_material(model, SMALL))
+    assert not list(tmp_path.iterdir())
 
 
 def spoil(change: Callable[[Stories], Any]) -> Stories:

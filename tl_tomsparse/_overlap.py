@@ -70,9 +70,13 @@ def overlap(a: SparseMask, b: SparseMask, *, without: SparseMask | None = None) 
     for key in common.entries:
         d = prod(a.shapes[key]) - len(apart.entries.get(key, ()))
         n_a, n_b = len(a.entries[key]), len(inside.entries[key])
+        if not d:
+            continue
         least, most = max(0, n_a + n_b - d), min(n_a, n_b)
         # Of logarithms, which scipy computes hundreds of times faster than the probabilities themselves.
-        null = np.convolve(null, np.exp(hypergeom(d, n_a, n_b).logpmf(np.arange(least, most + 1))))
-        lowest, expected = lowest + least, expected + (n_a * n_b / d if d else 0.0)
+        chances = np.exp(hypergeom(d, n_a, n_b).logpmf(np.arange(least, most + 1)))
+        possible = np.flatnonzero(chances)  # the others are zero in float64: most, in a large matrix
+        null = np.convolve(null, chances[possible[0] : possible[-1] + 1])
+        lowest, expected = lowest + least + int(possible[0]), expected + n_a * n_b / d
     tail = float(null[max(0, len(common) - lowest) :].sum())
     return Overlap(len(common), (len(a), len(b)), expected, min(1.0, tail))

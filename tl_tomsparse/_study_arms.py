@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MATCHES: tuple[Match, ...] = get_args(Match)
 SHARES = (0.25, 0.5, 0.75)
 DOSES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0)  # times the chosen kappa
-FEW = 5  # random masks beside what takes long
+FEW = 5  # random masks beside what takes long; fewer have no mean to speak of
 
 _NO_ENTRIES = np.empty(0, np.int64)
 
@@ -47,7 +47,7 @@ class Arm:
     Attributes:
         family: what it is one of; all arms of a random family are drawn again together.
         seed: of a random one.
-        make: gives the edit, None for the unedited model; called once, and only by who measures it.
+        make: gives the edit, None for the unedited model; called when it is needed, once.
         dose: what varies in the family: kappa, or the share that is left as it is.
     """
 
@@ -135,7 +135,7 @@ def make_arms(
     for share in SHARES:
         rest = mask - most_sensitive(sensitivities["task"], mask, share)
         yield Arm(f"rescue_{share:g}", None, partial(edit.restrict, rest), share)
-        for seed in few:
+        for seed in seeds[: min(FEW, len(seeds))]:
             yield Arm(f"rescue_{share:g}_random", seed, partial(_rescued, edit, share, seed), share)
 
 

@@ -43,6 +43,7 @@ _NUMBERS = ("value", "low", "high")  # of a claim
 
 def write_study(out: Path, study: Study) -> None:
     """Every file but the page, each whole or not at all."""
+    (out / "study.json").unlink(missing_ok=True)  # while tables and claims may differ
     for name, mask in study.masks.items():
         mask.save(out / f"mask_{name}.safetensors")
     for table in _TABLES:

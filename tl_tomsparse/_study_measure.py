@@ -106,19 +106,21 @@ class MaskArm(NamedTuple):
         return out / f"{name}{'' if self.seed is None else f'_{self.seed}'}.safetensors"
 
 
-def _with_random(family: str, random: str, mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
-    seeds = range(settings.seed, settings.seed + min(settings.few_masks, settings.random_masks))
+def _with_random(
+    family: str, random: str, mask: SparseMask, settings: StudySettings, n: int
+) -> list[MaskArm]:
+    seeds = range(settings.seed, settings.seed + min(n, settings.random_masks))
     return [MaskArm(family, None, mask), *(MaskArm(random, seed, mask.random_like(seed)) for seed in seeds)]
 
 
 def masks_to_train(mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
     """The mask and random ones; nothing if the mask is empty."""
-    return _with_random("tuned", "tuned_random", mask, settings) if len(mask) else []
+    return _with_random("tuned", "tuned_random", mask, settings, FEW) if len(mask) else []
 
 
 def masks_to_predict(mask: SparseMask, settings: StudySettings) -> list[MaskArm]:
     """Those whose change of the loss is predicted."""
-    return _with_random("mask", "random_matrix", mask, settings)
+    return _with_random("mask", "random_matrix", mask, settings, settings.few_masks)
 
 
 def tuned_arm(model: Any, which: MaskArm, material: Material, settings: StudySettings, out: Path) -> Arm:

@@ -10,8 +10,10 @@ The first process is the study's own; each of the others loads the model.
 
 from __future__ import annotations
 
-import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from multiprocessing import parent_process
 from pathlib import Path
 from time import sleep
@@ -69,16 +71,30 @@ class Job(NamedTuple):
     settings: StudySettings
     out: Path
     fingerprint: str
+    samples: str
     own: Stories | None
     turns: Mapping[str, Any]
     kappa: Any
 
 
-def make_job(load: Load, settings: StudySettings, out: Path, fingerprint: str, own: Stories | None) -> Job:
-    """A job of which nothing is taken yet."""
+def check_load(load: object) -> None:
+    """Refuse a function that other processes cannot be given."""
+    try:
+        pickle.dumps(load)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TomsparseError(
+            f"load={load!r} cannot be sent to another process ({error}); pass a function of a module, such "
+            "as functools.partial(load_model, path)."
+        ) from error
+
+
+def make_job(
+    load: Load, settings: StudySettings, out: Path, fingerprint: str, samples: str, own: Stories | None
+) -> Job:
+    """A job of which nothing is taken yet; `fingerprint` and `samples` are of its weights and material."""
     shared = torch.multiprocessing.get_context("spawn").Value
     turns = {phase: shared("q", 0) for phase in _PHASES}
-    return Job(load, settings, out, fingerprint, own, turns, shared("d", 0.0))
+    return Job(load, settings, out, fingerprint, samples, own, turns, shared("d", 0.0))
 
 
 class Helpers:
@@ -95,33 +111,33 @@ class Helpers:
 
     def __init__(self, job: Job, processes: int, show_progress: bool) -> None:
         self._job, self._processes, self._show_progress = job, processes, show_progress
-        self._threads = torch.get_num_threads()
+        self._fewer = max(1, torch.get_num_threads() // processes)
 
     def __enter__(self) -> Helpers:
         from torch.multiprocessing import spawn
 
-        threads = max(1, (os.cpu_count() or 1) // self._processes)
-        torch.set_num_threads(threads)
-        self._context = spawn(_work, (self._job, threads), nprocs=self._processes - 1, join=False)
+        self._context = spawn(_work, (self._job, self._fewer), nprocs=self._processes - 1, join=False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._threads)
         for process in self._context.processes:  # at the end of an undisturbed study they have ended
             process.terminate()
             process.join()
 
     def sensitivities(self, model: Any, material: Material) -> None:
         """Until all of them are in the folder."""
-        _sensitivities(model, material, self._job, self._watched)
+        with _threads(self._fewer):
+            _sensitivities(model, material, self._job, self._watched)
         while not all(sensitivity_path(self._job.out, name).exists() for name in material.tasks):
-            self._check()
+            if self._check():  # all were interrupted, and what they had taken is left to this process
+                break
             sleep(_PAUSE)
 
     def edits(self, model: Any, material: Material, kappa: float, meter: PointMeter) -> None:
         """Until everything that takes a kappa is in the folder."""
         self._job.kappa.value = kappa
-        _edits(model, material, kappa, self._job, meter, self._watched)
+        with _threads(self._fewer):
+            _edits(model, material, kappa, self._job, meter, self._watched)
         while not self._check():
             sleep(_PAUSE)
 
@@ -146,6 +162,16 @@ class Helpers:
             ) from error
 
 
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _taken(job: Job, phase: str, items: Sequence[Item]) -> Iterator[Item]:
     """Those that no other process takes."""
     turn = job.turns[phase]
@@ -164,20 +190,27 @@ def _work(number: int, job: Job, threads: int) -> None:
     if view(model).identity().fingerprint != job.fingerprint:
         raise TomsparseError("load() gives a model with other weights than the one that is studied")
     material = make_material(model, job.settings, job.own)
+    if material.digest != job.samples:
+        raise TomsparseError("load() gives a model with another tokenizer, or texts have changed since")
 
     def mine(phase: str, items: Sequence[Item]) -> Iterator[Item]:
-        return _taken(job, phase, items)
+        return takewhile(lambda _: not _alone(), _taken(job, phase, items))
 
     _sensitivities(model, material, job, mine)
-    while not job.kappa.value:
-        first = parent_process()
-        if first is not None and not first.is_alive():
-            return
+    while not job.kappa.value and not _alone():
         sleep(_PAUSE)
+    if _alone():
+        return
     with stored_points(job.out / f"points_{number}.jsonl") as (_, store):
         resume = [*read_points(job.out / "points.jsonl"), *others_points(job.out)]
         meter = study_meter(model, material, store, resume)
         _edits(model, material, job.kappa.value, job, meter, mine)
+
+
+def _alone() -> bool:
+    """Whether the process is gone that this one works for."""
+    first = parent_process()
+    return first is not None and not first.is_alive()
 
 
 Mine = Callable[[str, Sequence[Any]], Iterator[Any]]

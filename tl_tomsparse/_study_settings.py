@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
+from tl_tomsparse._draws import stream
 from tl_tomsparse._material import read_text
 from tl_tomsparse._model import MATRICES
 from tl_tomsparse._study_stories import CHUNKS
@@ -20,15 +21,15 @@ class StudySettings:
         dev_stories: stories on which kappa is chosen.
         test_stories: held-out stories; a quarter as many photographs and half of that key-value facts join
             them.
-        windows: text windows of the general sensitivity; a quarter as many (at least 10) for perplexity, and
-            an eighth of prose and of patterns beside localisation.
+        windows: text windows of the general sensitivity, at most as many as the task has samples; a quarter
+            as many (at least 10) for perplexity, and an eighth of prose and of patterns beside localisation.
         length: tokens of a window.
         text: files of real text, cut into three parts; none for generated text.
         kappa: sparsity of all masks; None chooses it on dev stories.
         matrices: which weights.
         random_masks: random masks of each kind; a claim needs at least 19.
-        few_masks: of these, how many are beside each operator, dose and rescue, are trained too, and have
-            their change of the loss predicted.
+        few_masks: of these, how many are beside each operator and dose, and have their change of the loss
+            predicted.
         tune_steps: updates when masked weights are trained.
         head_stories: stories on which heads are found, and as many on which they are measured; 0 leaves heads
             out.
@@ -78,7 +79,8 @@ class StudySettings:
         """Refuse what can be refused before any work.
 
         Raises:
-            TomsparseError: a count below one, an unknown matrix, a kappa outside (0, 1).
+            TomsparseError: a count or margin that is too small or not finite, a negative seed, an unknown
+                matrix, a kappa outside (0, 1), a text file that cannot be read.
         """
         for name in ("stories", "dev_stories", "test_stories", "windows", "random_masks", "few_masks"):
             check_positive(name, getattr(self, name))
@@ -103,5 +105,13 @@ class StudySettings:
                 raise TomsparseError(
                     "kappa=1.0 leaves no weight of whose mean the masked ones could be; choose one below 1."
                 )
+        if self.length < 2:
+            raise TomsparseError(
+                f"length={self.length!r} must be at least 2: one token is predicted from another."
+            )
+        stream(self.seed)
+        for name in ("accuracy_margin", "perplexity_margin"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise TomsparseError(f"{name}={getattr(self, name)!r} must be a finite number, 0 or more.")
         for path in self.text:
             read_text(Path(path))

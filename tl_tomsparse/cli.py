@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer
 from transformers.utils import logging
 
 from tl_tomsparse import __version__
-from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse.comparison import compare_studies
 from tl_tomsparse.comparison_report import write_comparison_page
 from tl_tomsparse.models import Backend, load_model
@@ -118,6 +119,9 @@ def run(
             dtype=cast(Dtype, dtype.value),
             prepend_bos=bos,
         )
+        if with_study:
+            _study_settings(settings, quick).check()
+            check_positive("processes", processes)
         if quiet:
             logging.disable_progress_bar()
         result = run_pipeline(
@@ -129,7 +133,8 @@ def run(
         )
         claims, pages = [*result.claims, *result.position_claims], [out / "report.html"]
         if with_study:
-            claims += _study(settings, out / "study", result.choice.kappa, quick, processes, quiet).claims
+            asked = replace(_study_settings(settings, quick), kappa=result.choice.kappa)
+            claims += _study(settings, asked, out / "study", processes, quiet).claims
             pages.append(out / "study" / "study.html")
     except TomsparseError as error:
         typer.echo(f"tomsparse: {error}", err=True)
@@ -171,8 +176,8 @@ def compare(
     typer.echo(f"\n{out}")
 
 
-def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, processes: int, quiet: bool) -> Study:
-    """The study of the same model, at the kappa of the run."""
+def _study_settings(settings: RunSettings, quick: bool) -> StudySettings:
+    """Those of the study of the same model."""
     asked = StudySettings(
         stories=settings.stories,
         dev_stories=settings.dev_stories,
@@ -180,12 +185,16 @@ def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, processe
         windows=settings.windows,
         length=settings.length,
         text=settings.text,
-        kappa=kappa,
         matrices=settings.matrices,
         random_masks=settings.random_masks,
         seed=settings.seed,
         prepend_bos=settings.prepend_bos,
     )
+    return asked.quick() if quick else asked
+
+
+def _study(settings: RunSettings, asked: StudySettings, out: Path, processes: int, quiet: bool) -> Study:
+    """The study of the model of a run."""
     load = partial(
         load_model,
         settings.model,
@@ -196,7 +205,7 @@ def _study(settings: RunSettings, out: Path, kappa: float, quick: bool, processe
     return study(
         load(),
         out,
-        asked.quick() if quick else asked,
+        asked,
         processes=processes,
         load=load,
         progress=lambda message: typer.echo(message, err=True),

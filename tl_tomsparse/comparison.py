@@ -178,6 +178,10 @@ class _Side:
             for name in _parts(measure)
         ]
 
+    def fall(self, against: Against) -> float:
+        """The change of false-belief accuracy, negative where it falls."""
+        return float(_ratio(self.terms("false_belief", "mask", _FAMILIES[against])).mean())
+
     def asks(self, measure: str) -> tuple[Any, NDArray[np.int64]]:
         """What is asked, comparable between studies, and the clusters that ask it, by name."""
         if measure == PERPLEXITY:
@@ -315,10 +319,9 @@ def _claims(first: _Side, others: list[_Side], boot: _Bootstraps) -> list[Contra
         estimate, paired = _difference(first, other, "false_belief", "random", boot)
         found.append((estimate, paired))
 
-        one, two = (
-            100 * float(_ratio(side.terms("false_belief", "mask", _FAMILIES["random"])).mean())
-            for side in (first, other)
-        )
+        one, two = (100 * side.fall("random") for side in (first, other))
+        # To rise, or to rise less than under random masks, is no fall.
+        falls = [side.fall("before") < 0 and side.fall("random") < 0 for side in (first, other)]
 
         def sentence(
             yes: bool,
@@ -327,8 +330,9 @@ def _claims(first: _Side, others: list[_Side], boot: _Bootstraps) -> list[Contra
             paired: bool = paired,
             one: float = one,
             two: float = two,
+            other_falls: bool = falls[1],
         ) -> str:
-            less = estimate.low > 0 and two < 0
+            less = estimate.low > 0 and other_falls
             how = "falls more" if yes else "falls less" if less else "is not shown to fall more"
             pairing = "paired by question" if paired else "of different questions"
             return (
@@ -336,9 +340,7 @@ def _claims(first: _Side, others: list[_Side], boot: _Bootstraps) -> list[Contra
                 f"{one:+.1f} points against {two:+.1f} ({in_points(estimate)}, {pairing})."
             )
 
-        tests.append(
-            Test(other.label, None, estimate.p_below(), one < 0, sentence)
-        )  # to rise less is no fall
+        tests.append(Test(other.label, None, estimate.p_below(), falls[0], sentence))
     claims = []
     for claim, other, some in zip(decide(tests), others, found):
         made = ContrastClaim(
@@ -374,11 +376,11 @@ def _statuses(studies: Mapping[str, Study]) -> pd.DataFrame:
     columns = {
         label: {claim.claim: claim.status for claim in study.claims}
         | {f"heads: {claim.claim}": claim.status for claim in study.heads.claims}
+        | {f"localisation: {claim.claim}": claim.status for claim in study.battery.claims}
         for label, study in studies.items()
     }
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    about_heads = [name for name in names if name.startswith("heads: ")]
-    order = [*(name for name in names if name not in about_heads), *about_heads]
+    order = sorted(names, key=lambda name: ": " in name)  # sections last, each in its own order
     table = {label: [column.get(name, "not made") for name in order] for label, column in columns.items()}
     return pd.DataFrame(table, index=pd.Index(order, name="claim"))
 

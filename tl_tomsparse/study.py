@@ -63,7 +63,7 @@ from tl_tomsparse._study_measure import (
     measure,
     study_meter,
 )
-from tl_tomsparse._study_processes import Helpers, make_job, others_points
+from tl_tomsparse._study_processes import Helpers, check_load, make_job, others_points
 from tl_tomsparse._study_settings import StudySettings
 from tl_tomsparse._study_stories import check_own, digest_of, settings_of
 from tl_tomsparse.effect import assemble
@@ -89,8 +89,8 @@ class Study:
             (exact binomial 95 % for a single arm, extremes for several), chance.
         comparisons: one row a family and measure: what the mask does beyond it, value (change of accuracy),
             low, high (bootstrap 95 % by group), p; for family "before" the change itself.
-        overlaps: one row a pair of masks: a, b, stories (of each), common, size_a, size_b, jaccard,
-            expected_jaccard (random masks), p.
+        overlaps: one row a pair of masks: a, b, share (of the stories, for each), common, size_a,
+            size_b, jaccard, expected_jaccard (random masks), p.
         losses: one row an edit and term of [`LossChange`][]: edit, seed, term, mean, low, high (nats).
         masks: the mask and its controls, by name.
         heads: the same question for whole heads: claims of their own family, figures and frames by title.
@@ -159,8 +159,8 @@ def study(
     Raises:
         TomsparseError: settings that cannot be met; stories without a false-belief question in each split,
             in fewer than eight groups of train, of the wrong split, or with an id, a group or a text in two
-            splits; several processes without `load`, a folder of another study, a model that cannot be used,
-            a full disk.
+            splits; several processes without `load`, or with one that cannot be sent to them; a folder of
+            another study; a model that cannot be used, or that has an active edit; a full disk.
     """
     from tl_tomsparse.study_report import write_study_page
 
@@ -175,6 +175,8 @@ def study(
             f"processes={processes} needs load=, a function that gives the same model in another process, "
             "such as functools.partial(load_model, path)."
         )
+    if processes > 1:
+        check_load(load)
     out = Path(folder)
     plain = dict(json.loads(json.dumps(asdict(settings))))
     if own is not None:
@@ -183,6 +185,11 @@ def study(
     seen = view(model)
     seen.require_eval()
     seen.require_raw_basis()
+    if seen.active_edits:
+        raise TomsparseError(
+            f"{seen.name} has an active edit, {seen.active_edits[-1]}; leave its `with` block before a study."
+        )
+    seen.keys(settings.matrices)
     progress("Making stories and texts")
     material = make_material(model, settings, own)
     with opened_folder(out):
@@ -200,7 +207,7 @@ def study(
         with ExitStack() as stack:
             helpers = None
             if load is not None and processes > 1:
-                job = make_job(load, settings, out, seen.identity().fingerprint, own)
+                job = make_job(load, settings, out, seen.identity().fingerprint, material.digest, own)
                 helpers = stack.enter_context(Helpers(job, processes, show_progress))
                 progress(f"Sensitivities to {len(material.tasks)} sets of samples, in {processes} processes")
                 helpers.sensitivities(model, material)

@@ -79,8 +79,11 @@ def power(study: Study) -> str:
         f"{100 * width:.1f} points"
         for family, width in widths.items()
     ]
+    questions = study.answers.questions
+    asked = questions[questions.category == "false_belief"]
     return (
-        f"With {study.facts['n_stories']} stories, a difference of false-belief accuracy shows if it is, "
+        f"With {len(asked)} false-belief questions in {asked.story_id.nunique()} stories "
+        f"({asked.group.nunique()} groups), a difference of false-belief accuracy shows if it is, "
         f"{' and '.join(parts)} (half the width of the interval found), before any adjustment for the number "
         "of claims. What is smaller than that is not excluded by “not supported”."
     )
