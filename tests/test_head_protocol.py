@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 from sklearn.linear_model import Lasso
 
 from tl_tomsparse._checks import TomsparseError
+from tl_tomsparse._head_claims import crossed_claims
 from tl_tomsparse._model import view
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.evaluate import score_stories
@@ -81,6 +83,16 @@ def test_heads_of_one_form_and_of_every_task_are_told_apart():
     assert [claim.status for claim in one_form.claims] == ["supported", "not testable"]
     few = paper_protocol(planted(NEEDED), tests, heads=GRID, max_heads=3, n_random=5, seed=1)
     assert few.claims[0].status == "not supported"
+
+
+def test_to_raise_a_score_less_than_random_heads_is_not_to_lower_it():
+    """Every head raises the score when it is out, those that are found less than others."""
+    rising = {**dict.fromkeys(range(256), 1.0), **dict.fromkeys(NEEDED, 0.1)}
+    tests = {f"task{form}": planted(rising, 1) for form in ("", ", completion", ", question")}
+    found = paper_protocol(planted(NEEDED), tests, heads=GRID, max_heads=3, seed=1)
+    ends = found.dose[found.dose.n_heads == 3]
+    assert (ends.score < ends.random_low).all()
+    assert [claim.status for claim in found.claims] == ["not supported", "not supported"]
 
 
 def test_nothing_to_find_gives_no_heads():
@@ -198,6 +210,21 @@ def test_effects_of_the_mask_in_heads_are_those_of_edits():
     pairs = set(zip(found.position.layer, found.position["head"]))
     assert pairs == set(heads)
     assert {"attention", "angle"} <= set(found.position.measure)
+
+
+@pytest.mark.parametrize(
+    ("inside", "n_random", "status"),
+    [(0.5, 19, "supported"), (1.05, 19, "not supported"), (0.5, 18, "not testable")],
+)
+def test_weights_in_heads_lower_a_score_where_it_is_lower_than_before(inside, n_random, status):
+    arms = [("unedited", 0, 1.0), ("mask", 9, 0.4), ("in heads", 5, inside), ("elsewhere", 4, 0.9)]
+    effect = pd.DataFrame([*arms, ("random", 5, 1.3)], columns=["arm", "n_weights", "score"])
+    effect = effect.assign(low=1.1, high=1.5)
+    share = {"share": 0.5, "entries": 9, "random": 0.1, "random_low": 0.0, "random_high": 0.2}
+    share |= {"p_random": 0.04, "p_heads": 0.04, "heads_mean": 0.1, "heads_low": 0.0, "heads_high": 0.2}
+    overlap = pd.DataFrame([{"matrix": "all", **share}])
+    claim = crossed_claims([(0, 1)], overlap, effect, "margin", n_random)[1]
+    assert (claim.claim, claim.status) == ("works_in_heads", status)
 
 
 def test_masks_without_weights_in_heads_are_not_tested_or_refused():

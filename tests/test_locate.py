@@ -109,6 +109,21 @@ def test_the_pilot_takes_small_shares_where_much_out_breaks_everything():
     assert given.meta["n_measurements"]["pilot"] == 0
 
 
+def test_to_raise_the_score_less_than_random_heads_is_not_to_lower_it():
+    """The heads are needed on the prompts they are found on; on others every head is better out."""
+    test = Planted({**dict.fromkeys(range(64), 1.0), 3: 0.05, 20: 0.05})
+    found = locate_heads(Planted({3: -1.0, 20: -1.0}), test=test, baselines=(), **FEW)
+    assert set(found.heads) == {(0, 3), (2, 4)}
+    changed = found.test.set_index("comparison")
+    assert changed.value["change"] > 0 > changed.value["beyond random"]
+    claim = {claim.claim: claim for claim in found.claims}["more_than_random"]
+    assert claim.status == "not supported"
+    assert claim.sentence.startswith("On other prompts")
+    same = Planted({3: -1.0, 20: -1.0})
+    flattered = locate_heads(same, test=same, baselines=(), **FEW)
+    assert "On the same prompts, which flatters it" in flattered.claims[1].sentence
+
+
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
 def test_a_transformer_in_which_only_three_heads_write_anything(backend):
     model = tiny.model("llama", backend, n_layers=6)

@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import partial
 from math import comb
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from tl_tomsparse._study_compare import Comparer
 from tl_tomsparse.effect import assemble
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.study import CONTROLS
-from tl_tomsparse.study_report import study_html
+from tl_tomsparse.study_report import power, study_html
 
 RANDOM = ("random_row", "random_pair")
 LOW = {"false_belief": 0.4}
@@ -180,6 +181,27 @@ def test_a_fall_at_the_largest_dose_alone_is_one_on_average() -> None:
     found = evidence({"dose_2": {"false_belief": 0.1}, "mask": {"false_belief": 0.8}})["dose"]
     assert found.status == "supported"
     assert "falls on average with a doubling of kappa" in found.sentence
+
+
+@pytest.mark.parametrize("claim", ["amplifying_helps", "tuning_helps"])
+def test_where_all_is_right_nothing_can_be_gained(claim: str) -> None:
+    found = evidence(before={"false_belief": 1.1})
+    assert found[claim].status == "not testable"
+    assert "nothing to gain" in found[claim].sentence
+    assert found["more_than_lowest"].status == "supported"
+
+
+def test_a_difference_as_large_as_the_power_note_says_shows_in_four_of_five_studies() -> None:
+    rng = np.random.default_rng(0)
+    questions = pd.DataFrame({"category": "false_belief", "story_id": list("aab"), "group": list("xxy")})
+    half = 0.1  # of an interval, of a normal estimate
+    rows = [{"family": "before", "measure": "false_belief", "low": -half, "high": half}]
+    study: Any = SimpleNamespace(comparisons=pd.DataFrame(rows), answers=SimpleNamespace(questions=questions))
+    words = power(study)
+    assert words.startswith("With 3 false-belief questions in 2 stories (2 groups)")
+    difference = float(words.split("about ")[1].split(" points")[0]) / 100
+    estimates = difference + half / 1.96 * rng.standard_normal(100_000)
+    assert (estimates > half).mean() == pytest.approx(0.8, abs=0.01)
 
 
 def test_masks_that_share_no_more_than_chance_are_not_stable() -> None:

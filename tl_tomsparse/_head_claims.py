@@ -5,6 +5,9 @@
                          on average (interval by story and random set), and below 95 % of them
     additive             the held-out R^2 of additive effects is above 1/2 with its whole interval
 
+What lowers a score leaves it lower than it was: to raise it less than random heads do is not to lower it.
+Each claim is judged at 0.05 by itself.
+
 NOT claimed: a mechanism, or that these heads do it alone.
 """
 
@@ -73,7 +76,8 @@ def _more_than_random(heads: Sequence[Head], test: pd.DataFrame, meta: dict[str,
     where = "other prompts" if meta["separate_test"] else "the same prompts, which flatters it"
     rank = (1 + beyond.as_low) / (1 + meta["n_random"])
     known = np.isfinite(beyond.low)
-    supported = rank <= _LEVEL + 1e-9 and beyond.value < 0 and (not known or beyond.p <= _LEVEL)
+    lower = change.value < 0 and beyond.value < 0
+    supported = lower and rank <= _LEVEL + 1e-9 and (not known or beyond.p <= _LEVEL)
     interval = f" (95 % interval {beyond.low:.3g} to {beyond.high:.3g})" if known else ""
     verb = "lowers" if supported else "is not shown to lower"
     what = "this head" if len(heads) == 1 else f"these {len(heads)} heads"
@@ -120,10 +124,11 @@ def protocol_claims(heads: Sequence[Head], dose: pd.DataFrame, n_random: int) ->
         )
 
     below = {task: bool(ends.score[task] < ends.random_low[task]) for task in tasks}
+    lower = {task: below[task] and bool(ends.score[task] < before[task]) for task in tasks}
     enough = n_random >= round(1 / _LEVEL) - 1
     main = tasks[0]
     listed = ", ".join(map(head_name, heads))
-    supported = below[main] and enough
+    supported = lower[main] and enough
     verb = "lower" if supported else "are not shown to lower"
     few = "" if enough else f" ({n_random} random sets are too few; use at least 19)"
     first = Claim(
@@ -138,7 +143,7 @@ def protocol_claims(heads: Sequence[Head], dose: pd.DataFrame, n_random: int) ->
         only = "The task is asked in one form, so heads of the form cannot be told from heads of the task."
         claims.append(Claim("not_format", "not testable", only))
     else:
-        holds = enough and all(below[form] for form in forms)
+        holds = enough and all(lower[form] for form in forms)
         how = "in every form" if holds else "but not in every form below all random sets"
         sentence = f"Knocked out, they lower it {how}: {'; '.join(map(told, forms))}."
         claims.append(Claim("not_format", "supported" if holds else "not supported", sentence))
@@ -152,7 +157,7 @@ def protocol_claims(heads: Sequence[Head], dose: pd.DataFrame, n_random: int) ->
 
 
 def crossed_claims(
-    heads: Sequence[Head], overlap: pd.DataFrame, effect: pd.DataFrame, score: str
+    heads: Sequence[Head], overlap: pd.DataFrame, effect: pd.DataFrame, score: str, n_random: int
 ) -> tuple[Claim, ...]:
     """Whether a mask's weights lie in heads, and whether they work there."""
     row = overlap.set_index("matrix").loc["all"]
@@ -175,8 +180,11 @@ def crossed_claims(
     arms = effect.set_index("arm")
     if not arms.n_weights["in heads"]:
         return where, Claim("works_in_heads", "not testable", "The mask has no weight in these heads.")
+    if n_random < round(1 / _LEVEL) - 1:
+        few = f"{n_random} random masks are too few to be below 95 % of them; use at least 19."
+        return where, Claim("works_in_heads", "not testable", few)
     inside, random = arms.loc["in heads"], arms.loc["random"]
-    holds = bool(inside.score < random.low)
+    holds = bool(inside.score < min(random.low, arms.score["unedited"]))
     verb = "lower" if holds else "are not shown to lower"
     works = Claim(
         "works_in_heads",

@@ -12,6 +12,8 @@
     amplifying_helps         1.5 times the masked weights raises false-belief accuracy
     tuning_helps             the trained mask raises false-belief accuracy more than trained random masks
 
+The last two are not testable where accuracy cannot rise.
+
 A comparison is supported only where its sentence is true of the numbers too: what falls more has fallen, what
 gives back more gives back some of a fall, what helps more has helped.
 
@@ -339,7 +341,17 @@ class _Maker:
 
         return name, found, Test(name, None, found.p_within(low, high), True, sentence)
 
+    def _no_gain(self, name: str) -> tuple[str, Estimate, Test] | None:
+        """Not testable where all false-belief questions are answered right to begin with."""
+        if self._obstacle("mask") is not None or self.compare.accuracy("before", "false_belief")[0] < 1:
+            return None
+        obstacle = "every false-belief question is right before any edit, so there is nothing to gain."
+        return name, _NONE, Test(name, obstacle, 1.0, False, str)
+
     def _amplify(self) -> tuple[str, Estimate, Test]:
+        if (full := self._no_gain("amplifying_helps")) is not None:
+            return full
+
         def sentence(found: Estimate, yes: bool) -> str:
             how = "raises" if yes else "is not shown to raise"
             return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({in_points(found)})."
@@ -353,6 +365,9 @@ class _Maker:
         )
 
     def _tuning(self) -> tuple[str, Estimate, Test]:
+        if (full := self._no_gain("tuning_helps")) is not None:
+            return full
+
         def sentence(found: Estimate, yes: bool) -> str:
             how = "helps more" if yes else "is not shown to help more"
             rates = [self.compare.accuracy(name, "false_belief").mean() for name in _TUNED]

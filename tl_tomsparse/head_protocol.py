@@ -267,7 +267,8 @@ def heads_and_mask(
         )  # fmt: skip
         pairs = zip(found.heads.layer, found.heads["head"])
         position = found.heads[[pair in heads for pair in pairs]].reset_index(drop=True)
-    return HeadsAndMask(heads, overlap, effect, position, crossed_claims(heads, overlap, effect, meter.name))
+    claims = crossed_claims(heads, overlap, effect, meter.name, n_random)
+    return HeadsAndMask(heads, overlap, effect, position, claims)
 
 
 def _overlap(

@@ -198,7 +198,7 @@ def locate_heads(
         "n_heads": len(heads),
         "n_measurements": counts,
         "smallest": smallest,
-        "separate_test": test is not None,
+        "separate_test": test is not None and test is not meter,
         "score": knockouts.name,
         "prefix": getattr(meter, "refusal", None),
     }

@@ -329,7 +329,8 @@ Wordings kept from training:
 {table(numbers["new"])}
 
 Stories by another hand (`training/independent.jsonl`: 250 transfer stories with these names and 250 with others, two or three agents, of a generator
-that was written without sight of this package's wordings and never used in training; their places are this package's). With the names of this package:
+that was written without sight of this package's wordings and never used in training; their places are this package's; of two models that were trained, the one that was better on those
+with these names is this one, see `training/README.md`). With the names of this package:
 
 {table(numbers["independent"]["lexicon"])}
 
