@@ -10,11 +10,11 @@ The first process is the study's own; each of the others loads the model.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from multiprocessing import parent_process
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -80,8 +80,8 @@ class Job(NamedTuple):
 def check_load(load: object) -> None:
     """Refuse a function that other processes cannot be given."""
     try:
-        pickle.dumps(load)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        ForkingPickler.dumps(load)  # what multiprocessing will send
+    except Exception as error:  # of many kinds, depending on which part of it cannot be sent
         raise TomsparseError(
             f"load={load!r} cannot be sent to another process ({error}); pass a function of a module, such "
             "as functools.partial(load_model, path)."
