@@ -27,9 +27,11 @@ from tl_tomsparse import _material, _study_measure, _study_processes, cli
 from tl_tomsparse._folder import read_points
 from tl_tomsparse._model import view
 from tl_tomsparse._overlap import Overlap, overlap
-from tl_tomsparse._study_arms import DOSES, most_sensitive, random_part
+from tl_tomsparse._study_arms import DOSES, most_arms, most_sensitive, random_part
 from tl_tomsparse._study_claims import Evidence, claims_of
 from tl_tomsparse._study_compare import Comparer
+from tl_tomsparse._study_cost import duration
+from tl_tomsparse._study_material import make_material
 from tl_tomsparse.effect import assemble
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.study import CONTROLS
@@ -45,7 +47,7 @@ def evidence(
     *,
     before: dict[str, float] | None = None,
     n_random: int = 20,
-    halves: Overlap | None = None,
+    overlaps: dict[str, Overlap] | None = None,
     loss: tuple[float, float] = (0.5, 0.45),
     spread: float = 0.1,
     copies: int = 1,
@@ -63,7 +65,8 @@ def evidence(
     given = {"mask": LOW, **(rates or {})}
     usual = before or {}
     families = dict.fromkeys(("before", "mask", *CONTROLS, "transfer", "contents", "tuned"), 1)
-    families |= {"operator_amplify": 1, "rescue_0.5": 1, "rescue_0.5_random": n_few, "tuned_random": n_few}
+    families |= {"operator_amplify": 1, "rescue_0.5": 1, "new_wording": 1}
+    families |= dict.fromkeys(("operator_amplify_random", "rescue_0.5_random", "tuned_random"), n_few)
     families |= {f"dose_{dose:g}": 1 for dose in DOSES}
     families |= dict.fromkeys(("random_matrix", *RANDOM), n_random)
     points = {
@@ -85,7 +88,7 @@ def evidence(
         Evidence(
             found,
             compare,
-            halves or Overlap(20, (40, 40), 0.1, 1e-9),
+            {**dict.fromkeys(("halves", "seeds"), Overlap(20, (40, 40), 0.1, 1e-9)), **(overlaps or {})},
             LossChange(samples, diagonal, 40),
             np.arange(200) // copies,
             CONTROLS,
@@ -141,11 +144,14 @@ def test_doses_rescue_transfer_amplifying_and_tuning_are_found_where_they_are() 
         f"dose_{dose:g}": {"false_belief": 0.6 - 0.05 * np.log2(dose)} for dose in DOSES
     }
     rates |= {"rescue_0.5": {"false_belief": 0.9}, "rescue_0.5_random": {"false_belief": 0.5}}
-    rates |= {"transfer": LOW, "operator_amplify": {"false_belief": 0.9}}
+    rates |= {"transfer": LOW, "new_wording": LOW, "operator_amplify": {"false_belief": 0.9}}
     rates |= {"tuned": {"false_belief": 0.9}, "tuned_random": {"false_belief": 0.66}}
     rates |= {"mask": {"false_belief": 0.5}}
     found = evidence(rates, before={"false_belief": 0.65})
-    for name in ("dose", "rescue", "transfers_to_contents", "amplifying_helps", "tuning_helps"):
+    for name in (
+        "dose", "rescue", "transfers_to_contents", "transfers_from_wordings", "amplifying_helps",
+        "tuning_helps", "stable", "seeds_agree",
+    ):  # fmt: skip
         assert found[name].status == "supported", (name, found[name].sentence)
     assert found["transfers_to_transfer"].status == "not supported"
     assert found["dose"].value == pytest.approx(-0.05, abs=0.02)
@@ -163,7 +169,7 @@ def test_few_random_masks_are_no_placebo() -> None:
     assert "at least 19" in found.sentence
 
 
-@pytest.mark.parametrize("claim", ["rescue", "tuning_helps"])
+@pytest.mark.parametrize("claim", ["rescue", "amplifying_helps", "tuning_helps"])
 def test_a_mean_of_few_random_masks_is_none(claim: str) -> None:
     found = evidence(n_few=4)[claim]
     assert found.status == "not testable"
@@ -205,7 +211,18 @@ def test_a_difference_as_large_as_the_power_note_says_shows_in_four_of_five_stud
 
 
 def test_masks_that_share_no_more_than_chance_are_not_stable() -> None:
-    assert statuses(halves=Overlap(1, (40, 40), 0.9, 0.6))["stable"] == "not supported"
+    chance = Overlap(1, (40, 40), 0.9, 0.6)
+    assert statuses(overlaps={"halves": chance})["stable"] == "not supported"
+    assert statuses(overlaps={"halves": chance})["seeds_agree"] == "supported"
+    assert statuses(overlaps={"seeds": chance})["seeds_agree"] == "not supported"
+    assert statuses(overlaps={"seeds": Overlap(0, (40, 0), 0.0, 1.0)})["seeds_agree"] == "not testable"
+
+
+def test_what_the_mask_does_to_second_order_beliefs_is_a_claim() -> None:
+    found = evidence({"mask": LOW | {"second_order": 0.5}})["transfers_to_second_order"]
+    assert found.status == "supported"
+    assert "lowers accuracy about second-order beliefs" in found.sentence
+    assert statuses()["transfers_to_second_order"] == "not supported"
 
 
 @pytest.mark.parametrize("true", [0.05, 2.0, -0.5])
@@ -223,6 +240,7 @@ def test_losses_of_one_group_of_stories_are_drawn_again_together() -> None:
     ("claim", "rates"),
     [
         ("tuning_helps", {"tuned": 0.75, "tuned_random": 0.3}),
+        ("amplifying_helps", {"operator_amplify": 0.75, "operator_amplify_random": 0.3}),
         ("rescue", {"rescue_0.5": 0.3, "rescue_0.5_random": 0.05}),
         ("rescue", {"mask": 0.9, "rescue_0.5": 0.99, "rescue_0.5_random": 0.6}),
         ("more_than_lowest", {"mask": 0.85, "lowest": 0.99}),
@@ -241,7 +259,7 @@ def test_better_than_another_is_not_enough_where_the_sentence_says_more(
 
 def test_more_claims_make_each_harder() -> None:
     """A p-value of 0.01 does not survive among thirty."""
-    found = evidence(halves=Overlap(3, (40, 40), 1.0, 0.01), rates={"mask": {}})
+    found = evidence(overlaps={"halves": Overlap(3, (40, 40), 1.0, 0.01)}, rates={"mask": {}})
     assert found["stable"].status == "not supported"
     assert found["stable"].p > 0.05
 
@@ -410,6 +428,11 @@ def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> N
     assert arms.n_weights["mask"] == arms.n_weights["random_pair"] == arms.n_weights["tuned"] == size
     assert arms.n_weights["before"] == 0
     assert arms.n_weights["rescue_0.5"] == pytest.approx(size / 2, abs=4)
+    assert study.masks["tom_only"] - study.masks["general_only"] == study.masks["mask"]
+    assert arms.dose["operator_half"] == 0.5
+    assert np.isnan(arms.dose["operator_resample"])
+    # The trained ones are no edits of masks that are there before; all kinds of random masks fit this model.
+    assert len(study.arms) - 2 == most_arms(SMALL, len(study.masks))
     loaded = tt.SparseMask.load(out / "mask_shuffled_labels.safetensors")
     assert loaded == study.masks["shuffled_labels"]
     page = (out / "study.html").read_text()
@@ -450,6 +473,39 @@ def test_a_study_is_read_without_its_model(finished: tuple[tt.Study, Path]) -> N
     pd.testing.assert_frame_equal(read.answers.questions, study.answers.questions)
     page = study_html(dataclasses.replace(read, heads=study.heads))
     assert page == (out / "study.html").read_text(encoding="utf-8")
+
+
+def test_curves_go_through_the_unedited_model_and_the_mask(finished: tuple[tt.Study, Path]) -> None:
+    study, _ = finished
+    rate = study.arms.groupby("family").false_belief.mean()
+    curves = tt.plot.study_doses(study).data
+    assert [len(curve.x) for curve in curves] == [6, 6, 6, 6, 5, 5]
+    doses, random_doses, factors, _, shares, _ = (dict(zip(curve.x, curve.y)) for curve in curves)
+    assert doses[study.kappa] == rate["mask"]
+    assert doses[study.kappa / 4] == rate["dose_0.25"]
+    assert random_doses[study.kappa] == rate["random_matrix"]
+    families = {-1: "flip", 0: "zero", 0.5: "half", 1.5: "amplify", 2: "double"}
+    assert factors == {1: rate["before"]} | {at: rate[f"operator_{name}"] for at, name in families.items()}
+    assert (shares[0], shares[0.5], shares[1]) == (rate["mask"], rate["rescue_0.5"], rate["before"])
+
+
+def test_the_cost_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    model, told = tt.load_model(tiny.long_directory(), device="cpu"), []
+
+    def stop(message: str) -> None:
+        told.append(message)
+        if message.startswith("To do"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tt.study(model, tmp_path / "x", SMALL, progress=stop, show_progress=False)
+    assert not (tmp_path / "x").exists()
+    material = make_material(model, SMALL)
+    gradients = sum(int(samples.attention_mask.sum()) for samples in material.tasks.values())
+    assert f"({gradients:,} tokens), and up to {most_arms(SMALL, 18)} edits on" in told[-1]
+    assert [duration(seconds) for seconds in (3.2, 119, 150, 7300)] == [
+        "3 seconds", "119 seconds", "2 minutes", "2 hours",
+    ]  # fmt: skip
 
 
 def test_what_was_answered_is_kept_question_by_question(finished: tuple[tt.Study, Path]) -> None:
@@ -591,6 +647,13 @@ def test_the_command_line_refuses_a_study_before_the_run(
         done = CliRunner().invoke(cli.app, ["run", "--out", str(tmp_path / "x"), "--study", *options])
         assert done.exit_code == 2
         assert words in done.output
+    (tmp_path / "x" / "study").mkdir(parents=True)
+    owner = {"format": 1, "command": "study", "versions": {}, "device": "cpu", "earlier_starts": []}
+    owner |= {"settings": tt.StudySettings(kappa=0.1).plain(), "identity": {}, "samples": ""}
+    (tmp_path / "x" / "study" / "run.json").write_text(json.dumps(owner))
+    done = CliRunner().invoke(cli.app, ["run", "--out", str(tmp_path / "x"), "--study", "--seed", "3"])
+    assert done.exit_code == 2
+    assert "holds another run, with other settings: seed 0 (now 3)" in " ".join(done.output.split())
 
 
 def test_the_command_line_runs_the_study_at_the_kappa_of_the_run(

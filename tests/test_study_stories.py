@@ -102,7 +102,8 @@ def test_only_ones_own_stories_are_asked(model: Any) -> None:
     assert sum(counts[f"part_{i}"] for i in range(CHUNKS)) == len(material.task) == n_false
     assert counts["last_token"] == counts["wrong_labels"] == n_false
     assert {"true_belief", "reality", "memory"} < counts.keys()
-    missing = {"second_order", "false_photograph", "transfer", "contents"}
+    missing = {"second_order", "false_photograph"}
+    missing |= {"transfer", "contents", "new_wording", "other_stories"}
     assert material.left_out.keys() == missing
     assert not (missing | {"other_stories", "new_wording"}) & material.tasks.keys()
     assert set(material.scoring.questions.story_id) == ids["test"]
@@ -130,7 +131,7 @@ def test_claims_about_what_was_left_out_say_why() -> None:
     found = evidence(left_out=left_out)
     assert {name for name, claim in found.items() if claim.status == "not testable"} == {
         "more_than_second_order", "more_than_false_photograph",
-        "transfers_to_transfer", "transfers_to_contents",
+        "transfers_to_transfer", "transfers_to_contents", "transfers_from_wordings", "seeds_agree",
     }  # fmt: skip
     assert "your own and have no second order question" in found["more_than_second_order"].sentence
     assert "your own, not generated ones of transfer" in found["transfers_to_contents"].sentence

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +30,13 @@ _PACKAGES = ("tl-tomsparse", "transformer-lens", "transformers", "torch", "numpy
 _POINT = {"key", "chosen", "margin", "nll"}
 
 
-def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
+def check_folder(out: Path, settings: Mapping[str, Any], *, unknown: Collection[str] = ()) -> None:
     """Refuse a folder that cannot be written, or that holds something else, before any model is loaded.
+
+    Args:
+        out: the folder.
+        settings: of what shall be in it.
+        unknown: settings that are not known yet, and may be any.
 
     Raises:
         TomsparseError: a file, a folder with other files or another run, or a place that is not writable.
@@ -45,7 +50,11 @@ def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(f"{place} is not writable")
         if out.is_dir() and any(not is_leftover(path) for path in out.iterdir()):
-            _check_same(out, "settings", _run_file(out)["settings"], dict(settings))
+            found, asked = dict(_run_file(out)["settings"]), dict(settings)
+            for name in unknown:
+                found.pop(name, None)
+                asked.pop(name, None)
+            _check_same(out, "settings", found, asked)
 
 
 def claim_folder(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

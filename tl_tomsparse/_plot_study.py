@@ -10,6 +10,7 @@ from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._plot_style import GREY
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from tl_tomsparse.study import Study
@@ -88,65 +89,71 @@ def study_arms(study: Study) -> go.Figure:
 
 
 def study_doses(study: Study) -> go.Figure:
-    """False-belief accuracy by kappa, and by the share of the mask that is left as it is."""
+    """False-belief accuracy by kappa, by what masked weights are multiplied with, and by the share of the
+    mask that is left as it is.
+
+    Of random masks the mean and the range over seeds.
+    """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    titles = ("more weights", "part of the mask left as it is")
-    figure = make_subplots(cols=2, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
-    arms = study.arms
-    rate = arms.set_index("family").false_belief
-    ends = {"dose": ("mask", study.kappa), "rescue": ("mask", 0.0)}
-    for column, (kind, (whole, at)) in enumerate(ends.items(), start=1):
+    titles = ("more weights", "masked weights times", "part of the mask left as it is")
+    figure = make_subplots(cols=3, subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
+    names = {
+        ("dose", False): "mask",
+        ("dose", True): "random masks of equal size",
+        ("rescue", False): "most sensitive left first",
+        ("rescue", True): "random part left",
+    }
+    before = float(study.arms.set_index("family").false_belief["before"])
+    for column, kind in enumerate(("dose", "operator", "rescue"), start=1):
         for random, colour in ((False, _RED), (True, GREY)):
-            name = "random" if random else "mask"
-            chosen = arms[
-                arms.family.str.startswith(f"{kind}_") & (arms.family.str.endswith("_random") == random)
-            ]
-            grouped = chosen.groupby("dose").false_belief
-            x, y = list(grouped.mean().index), list(grouped.mean())
-            low, high = list(grouped.min()), list(grouped.max())
-            if kind == "dose" and random:
-                same = arms[arms.family == "random_matrix"].false_belief
-                x, y = [*x, at], [*y, same.mean()]
-                low, high = [*low, same.min()], [*high, same.max()]
-            else:
-                x, y, low, high = [*x, at], [*y, rate[whole]], [*low, rate[whole]], [*high, rate[whole]]
-            if kind == "rescue":
-                x, y = [*x, 1.0], [*y, rate["before"]]
-                low, high = [*low, rate["before"]], [*high, rate["before"]]
-            order = np.argsort(x)
-            at_dose, rates, lows, highs = (np.array(values)[order] for values in (x, y, low, high))
+            curve = _curve(study, kind, random)
+            hover = "random" if random else "mask"
             figure.add_trace(
                 go.Scatter(
-                    x=at_dose,
-                    y=rates,
-                    name={
-                        ("dose", False): "mask",
-                        ("dose", True): "random masks of equal size",
-                        ("rescue", False): "most sensitive left first",
-                        ("rescue", True): "random part left",
-                    }[kind, random],
+                    x=list(curve.index),
+                    y=list(curve["mean"]),
+                    name=names.get((kind, random), names["dose", random]),
+                    showlegend=(kind, random) in names,
                     mode="lines+markers",
-                    line={"color": colour, "dash": "solid" if kind == "dose" else "dash"},
+                    line={"color": colour, "dash": "dash" if kind == "rescue" else "solid"},
                     error_y={
                         "type": "data",
                         "symmetric": False,
-                        "array": highs - rates,
-                        "arrayminus": rates - lows,
+                        "array": list(curve["max"] - curve["mean"]),
+                        "arrayminus": list(curve["mean"] - curve["min"]),
                         "thickness": 1,
                     },
-                    hovertemplate=f"{name}, %{{x:.3g}}: %{{y:.3f}}<extra></extra>",
+                    hovertemplate=f"{hover}, %{{x:.3g}}: %{{y:.3f}}<extra></extra>",
                 ),
                 row=1,
                 col=column,
             )
-        figure.add_hline(y=float(rate["before"]), line={"dash": "dot", "color": GREY}, row=1, col=column)
+        figure.add_hline(y=before, line={"dash": "dot", "color": GREY}, row=1, col=column)
     figure.update_xaxes(type="log", title="kappa", row=1, col=1)
-    figure.update_xaxes(title="share", row=1, col=2)
+    figure.update_xaxes(title="factor", row=1, col=2)
+    figure.update_xaxes(title="share", row=1, col=3)
     figure.update_yaxes(range=[-0.02, 1.05])
     figure.update_yaxes(title="false-belief accuracy", row=1, col=1)
     return _with_legend_below(figure)
+
+
+def _curve(study: Study, kind: str, random: bool) -> pd.DataFrame:
+    """Mean, min and max of false-belief accuracy at each dose, with the arms that end or cross the curve."""
+    import pandas as pd
+
+    arms = study.arms
+    named = arms.family.str.startswith(f"{kind}_") & (arms.family.str.endswith("_random") == random)
+    known = {
+        "dose": {study.kappa: "random_matrix" if random else "mask"},
+        "operator": {1.0: "before"},
+        "rescue": {0.0: "mask", 1.0: "before"},
+    }[kind]
+    rows = [arms[named & arms.dose.notna()]]
+    rows += [arms[arms.family == family].assign(dose=at) for at, family in known.items()]
+    curve: pd.DataFrame = pd.concat(rows).groupby("dose").false_belief.agg(["mean", "min", "max"])
+    return curve
 
 
 def study_localisation(study: Study) -> go.Figure:
@@ -272,6 +279,7 @@ def label(family: str) -> str:
     words = {
         "mask": "the mask",
         "general_only": "general text alone",
+        "tom_only": "the task alone",
         "other_stories": "other stories",
         "new_wording": "other wordings",
         "transfer": "transfer stories alone",
@@ -279,6 +287,7 @@ def label(family: str) -> str:
         "last_token": "last token of the prompt",
         "random_matrix": "random: matrix",
         "operator_flip": "operator: sign flip",
+        "operator_half": "operator: times 0.5",
         "operator_amplify": "operator: times 1.5",
         "operator_double": "operator: times 2",
         "tuned": "trained",

@@ -2,6 +2,7 @@
 
 before                       the unedited model
 mask                         the mask under the study's operator
+tom_only                     the task's entries with those that general text has too
 general_only, lowest, ...    controls that are not random
 random_<match>               random masks, one arm a seed
 operator_<name>              other operators on the mask; "_random" on random masks
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 MATCHES: tuple[Match, ...] = get_args(Match)
 SHARES = (0.25, 0.5, 0.75)
 DOSES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0)  # times the chosen kappa
+FACTORS = {"zero": 0.0, "flip": -1.0, "half": 0.5, "amplify": 1.5, "double": 2.0}  # times the masked weights
 FEW = 5  # random masks beside what takes long; fewer have no mean to speak of
 
 _NO_ENTRIES = np.empty(0, np.int64)
@@ -48,7 +50,7 @@ class Arm:
         family: what it is one of; all arms of a random family are drawn again together.
         seed: of a random one.
         make: gives the edit, None for the unedited model; called when it is needed, once.
-        dose: what varies in the family: kappa, or the share that is left as it is.
+        dose: what varies: kappa, the share that is left as it is, or the factor.
     """
 
     family: str
@@ -112,17 +114,16 @@ def make_arms(
     for match in matches_for(model, mask):
         for seed in seeds:
             yield Arm(f"random_{match}", seed, partial(_on_random, edit, model, mask, seed, match))
-    operators = {
-        "zero": SparseEdit.zero(model, mask),
-        "flip": SparseEdit.scale(model, mask, -1.0),
-        "amplify": SparseEdit.scale(model, mask, 1.5),
-        "double": SparseEdit.scale(model, mask, 2.0),
-        "resample": SparseEdit.resample(model, mask, seed=settings.seed),
-    }
+    operators = {"zero": SparseEdit.zero(model, mask)}
+    operators |= {name: SparseEdit.scale(model, mask, FACTORS[name]) for name in FACTORS if name != "zero"}
+    operators["resample"] = SparseEdit.resample(model, mask, seed=settings.seed)
     for name, other in operators.items():
-        yield Arm(f"operator_{name}", None, partial(given, other))
-        for seed in few:
-            yield Arm(f"operator_{name}_random", seed, partial(_on_random, other, model, mask, seed))
+        factor = FACTORS.get(name)
+        yield Arm(f"operator_{name}", None, partial(given, other), factor)
+        # A claim compares amplified ones.
+        for seed in seeds[:FEW] if name == "amplify" else few:
+            random = partial(_on_random, other, model, mask, seed)
+            yield Arm(f"operator_{name}_random", seed, random, factor)
     for dose in DOSES:
         if kappa * dose > 0.5:
             continue
@@ -135,8 +136,16 @@ def make_arms(
     for share in SHARES:
         rest = mask - most_sensitive(sensitivities["task"], mask, share)
         yield Arm(f"rescue_{share:g}", None, partial(edit.restrict, rest), share)
-        for seed in seeds[: min(FEW, len(seeds))]:
+        for seed in seeds[:FEW]:
             yield Arm(f"rescue_{share:g}_random", seed, partial(_rescued, edit, share, seed), share)
+
+
+def most_arms(settings: StudySettings, n_masks: int) -> int:
+    """How many arms there are at most, before there is a mask."""
+    n = settings.random_masks
+    few, five = min(settings.few_masks, n), min(FEW, n)
+    operators = len(FACTORS) + 1 + len(FACTORS) * few + five
+    return 1 + n_masks + len(MATCHES) * n + operators + len(DOSES) * (1 + few) + len(SHARES) * (1 + five)
 
 
 def _on_random(

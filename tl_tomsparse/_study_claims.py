@@ -6,10 +6,13 @@
     dose                     accuracy falls, on average over doublings of kappa
     rescue                   leaving the most sensitive half of the mask as it is gives back more than leaving
                              a random half
-    stable                   masks from two halves of the stories have more in common than chance
-    transfers_to_<...>       a mask made from one kind of story lowers false belief in the other
+    stable, seeds_agree      masks from two halves of the stories, and from stories of two seeds, have more in
+                             common than chance
+    transfers_to_<...>       a mask made from one kind of story lowers false belief in the other; the mask,
+                             second-order answers
+    transfers_from_wordings  a mask made from stories in other wordings lowers false belief in these
     diagonal_predicts        the true change of the loss is within a factor of 2 of what the diagonal predicts
-    amplifying_helps         1.5 times the masked weights raises false-belief accuracy
+    amplifying_helps         1.5 times the masked weights raises false-belief accuracy more than random ones
     tuning_helps             the trained mask raises false-belief accuracy more than trained random masks
 
 The last two are not testable where accuracy cannot rise.
@@ -50,6 +53,12 @@ PAPER = {
     "induction_falls": "says that contextual localisation suffers",
     "prose_stays": "says that language understanding suffers",
 }
+_ASKED = {
+    "false_belief": "false beliefs in these",
+    SCENARIOS["transfer"]: "false beliefs in transfer stories",
+    SCENARIOS["contents"]: "false beliefs in contents stories",
+    "second_order": "second-order beliefs",
+}
 _NAMES = {
     "random_total": "random masks of equal size over all matrices",
     "random_row": "random masks with as many entries at each input channel",
@@ -85,11 +94,13 @@ class StudyClaim(Claim):
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What claims are read off; `loss_groups` has the group of stories of each sample of `loss`."""
+    """What claims are read off; `loss_groups` has the group of stories of each sample of `loss`, `overlaps`
+    what masks of "halves" and "seeds" have in common.
+    """
 
     effect: Effect
     compare: Comparer
-    halves: Overlap
+    overlaps: Mapping[str, Overlap]
     loss: LossChange
     loss_groups: NDArray[np.int64]
     controls: tuple[str, ...]
@@ -147,8 +158,17 @@ class _Maker:
     def all(self) -> list[tuple[str, Estimate, Test]]:
         made = [self._random(name) for name in self.evidence.random]
         made += [self._control(name) for name in self.evidence.controls]
-        made += [self._selective(), self._dose(), self._rescue(), self._stable()]
-        made += [self._transfers("transfer", "contents"), self._transfers("contents", "transfer")]
+        made += [self._selective(), self._dose(), self._rescue()]
+        made += [
+            self._alike("stable", "halves", "two halves of the stories"),
+            self._alike("seeds_agree", "seeds", "stories of two seeds", "other_stories"),
+        ]
+        made += [
+            self._transfers("to_contents", "transfer", "transfer stories", SCENARIOS["contents"]),
+            self._transfers("to_transfer", "contents", "contents stories", SCENARIOS["transfer"]),
+            self._transfers("to_second_order", "mask", "first-order questions", "second_order"),
+            self._transfers("from_wordings", "new_wording", "stories in other wordings", "false_belief"),
+        ]
         made += [self._diagonal(), self._amplify(), self._tuning()]
         return made
 
@@ -288,33 +308,39 @@ class _Maker:
             few="rescue_0.5_random",
         )
 
-    def _stable(self) -> tuple[str, Estimate, Test]:
-        halves = self.evidence.halves
-        if not min(halves.sizes):
-            return "stable", _NONE, Test("stable", "a half has an empty mask.", 1.0, False, str)
-        found = Estimate(halves.jaccard, float("nan"), float("nan"), np.zeros(0))
+    def _alike(self, name: str, which: str, what: str, family: str = "") -> tuple[str, Estimate, Test]:
+        found = self.evidence.overlaps.get(which)
+        obstacle = self.evidence.left_out.get(family)
+        if obstacle is None and (found is None or not min(found.sizes)):
+            obstacle = "one of the masks is empty."
+        if found is None or obstacle is not None:
+            return name, _NONE, Test(name, obstacle, 1.0, False, str)
 
         def sentence(yes: bool) -> str:
             how = "have more" if yes else "are not shown to have more"
             return (
-                f"Masks from two halves of the stories {how} in common than random masks: Jaccard "
-                f"{halves.jaccard:.3f}, by chance {halves.expected_jaccard:.3f}."
+                f"Masks from {what} {how} in common than random masks: Jaccard {found.jaccard:.3f}, by "
+                f"chance {found.expected_jaccard:.3f}."
             )
 
-        return "stable", found, Test("stable", None, halves.p, True, sentence)
+        estimate = Estimate(found.jaccard, float("nan"), float("nan"), np.zeros(0))
+        return name, estimate, Test(name, None, found.p, True, sentence)
 
-    def _transfers(self, of: str, to: str) -> tuple[str, Estimate, Test]:
-        measure = SCENARIOS[to]
-        name = f"transfers_to_{to}"
+    def _transfers(self, to: str, family: str, of: str, measure: str) -> tuple[str, Estimate, Test]:
+        name, asked = f"transfers_{to}", _ASKED[measure]
         if measure not in self.compare.measures.names:
-            return name, _NONE, Test(name, f"no false-belief question of {to} is asked.", 1.0, False, str)
+            return name, _NONE, Test(name, f"no question about {asked} is asked.", 1.0, False, str)
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "lowers" if yes else "is not shown to lower"
-            return f"The mask made from {of} stories {how} false belief in {to} stories ({in_points(found)})."
+            return f"The mask made from {of} {how} accuracy about {asked} ({in_points(found)})."
 
         return self._test(
-            name, (of,), lambda: self.compare.change(of, "before", measure), Estimate.p_below, sentence
+            name,
+            (family,),
+            lambda: self.compare.change(family, "before", measure),
+            Estimate.p_below,
+            sentence,
         )
 
     def _diagonal(self) -> tuple[str, Estimate, Test]:
@@ -352,43 +378,40 @@ class _Maker:
         if (full := self._no_gain("amplifying_helps")) is not None:
             return full
 
-        def sentence(found: Estimate, yes: bool) -> str:
-            how = "raises" if yes else "is not shown to raise"
-            return f"Multiplying the masked weights by 1.5 {how} false-belief accuracy ({in_points(found)})."
-
-        return self._test(
-            "amplifying_helps",
-            ("operator_amplify",),
-            lambda: self.compare.change("operator_amplify", "before", "false_belief"),
-            Estimate.p_above,
-            sentence,
+        return self._helps(
+            "amplifying_helps", "Multiplying the masked weights by 1.5", "multiplying", "operator_amplify"
         )
 
     def _tuning(self) -> tuple[str, Estimate, Test]:
         if (full := self._no_gain("tuning_helps")) is not None:
             return full
 
+        return self._helps("tuning_helps", "Training the masked weights alone", "training", "tuned")
+
+    def _helps(self, name: str, doing: str, same: str, family: str) -> tuple[str, Estimate, Test]:
+        random = f"{family}_random"
+
         def sentence(found: Estimate, yes: bool) -> str:
             how = "helps more" if yes else "is not shown to help more"
-            rates = [self.compare.accuracy(name, "false_belief").mean() for name in _TUNED]
-            before, tuned, random = map(percent, rates)
+            rates = (
+                percent(self.compare.accuracy(some, "false_belief").mean())
+                for some in ("before", family, random)
+            )
+            before, with_mask, with_random = rates
             return (
-                f"Training the masked weights alone {how} than training random ones: false belief {before} "
-                f"before, {tuned} and {random} ({in_points(found)})."
+                f"{doing} {how} than {same} random ones: false belief {before} before, {with_mask} and "
+                f"{with_random} ({in_points(found)})."
             )
 
         return self._test(
-            "tuning_helps",
-            ("tuned", "tuned_random"),
-            lambda: self.compare.change("tuned", "tuned_random", "false_belief"),
+            name,
+            (family, random),
+            lambda: self.compare.change(family, random, "false_belief"),
             Estimate.p_above,
             sentence,
-            lambda: self._higher("tuned", "before"),
-            few="tuned_random",
+            lambda: self._higher(family, "before"),
+            few=random,
         )
-
-
-_TUNED = ("before", "tuned", "tuned_random")
 
 
 def in_points(found: Estimate) -> str:

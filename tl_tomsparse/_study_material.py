@@ -38,6 +38,7 @@ OTHER_TASKS = (
 )
 OTHER_LABELS = ("wrong_labels", "shuffled_labels", "last_token")
 OTHER_STORIES = ("other_stories", "transfer", "contents", "new_wording")
+_OTHERS = (*OTHER_TASKS, *OTHER_LABELS, *OTHER_STORIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,16 +159,23 @@ def merged(sensitivities: Mapping[str, Sensitivity], parts: range) -> Sensitivit
 
 
 def make_masks(sensitivities: Mapping[str, Sensitivity], kappa: float) -> dict[str, SparseMask]:
-    """The mask and its controls that are not random, each less the entries of general text."""
+    """The mask and its controls that are not random, each less the entries of general text; "tom_only" is the
+    mask with these.
+    """
     general = top_fraction(sensitivities["general"], kappa)
     task = top_fraction(sensitivities["task"], kappa)
-    masks = {"mask": task - general, "general_only": general}
+    masks = {"mask": task - general, "general_only": general, "tom_only": task}
     masks["lowest"] = lowest(sensitivities["task"], masks["mask"])
-    for name in (*OTHER_TASKS, *OTHER_LABELS, *OTHER_STORIES):
+    for name in _OTHERS:
         if name not in sensitivities:  # one's own stories do not give all of them
             continue
         masks[name] = top_fraction(sensitivities[name], kappa) - general
     return masks
+
+
+def n_masks(material: Material) -> int:
+    """How many masks are made: those of `material.tasks`, and four that are made of several."""
+    return 4 + len(set(material.tasks) & set(_OTHERS))
 
 
 def lowest(sensitivity: Sensitivity, like: SparseMask) -> SparseMask:

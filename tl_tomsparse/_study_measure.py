@@ -174,8 +174,12 @@ def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor
 
 def mask_overlaps(
     masks: Mapping[str, SparseMask], sensitivities: Mapping[str, Sensitivity], kappa: float
-) -> tuple[list[dict[str, Any]], Overlap]:
-    """Of the mask with each control; and of masks from disjoint parts of the stories, of growing size."""
+) -> tuple[list[dict[str, Any]], dict[str, Overlap]]:
+    """Of the mask with each control; and of masks from disjoint parts of the stories, of growing size.
+
+    Apart from the rows, those that claims are about: of "halves" of the stories, and of "seeds" of stories
+    where there are two.
+    """
     rows: list[dict[str, Any]] = []
     general = top_fraction(sensitivities["general"], kappa)
 
@@ -195,16 +199,19 @@ def mask_overlaps(
         )
         return found
 
-    for control, other in masks.items():
-        if control != "mask":
-            add("mask", control, 1.0, overlap(masks["mask"], other, without=general))
+    found = {
+        control: add("mask", control, 1.0, overlap(masks["mask"], other, without=general))
+        for control, other in masks.items()
+        if control != "mask"
+    }
+    told = {"seeds": found["other_stories"]} if "other_stories" in found else {}
     width = 1
     while width <= CHUNKS // 2:
         parts = (range(width), range(width, 2 * width))
         pair = [top_fraction(merged(sensitivities, part), kappa) - general for part in parts]
-        halves = add("part", "other part", width / CHUNKS, overlap(*pair, without=general))
+        told["halves"] = add("part", "other part", width / CHUNKS, overlap(*pair, without=general))
         width *= 2
-    return rows, halves
+    return rows, told
 
 
 def _name(key: tuple[int, str]) -> str:

@@ -26,7 +26,7 @@ from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._folder import read_points, stored_points
 from tl_tomsparse._model import view
 from tl_tomsparse._points import PointMeter, PointRecord
-from tl_tomsparse._study_arms import main_arms, make_arms
+from tl_tomsparse._study_arms import Arm, main_arms, make_arms
 from tl_tomsparse._study_battery import measure_arms, prepared_battery
 from tl_tomsparse._study_material import (
     Material,
@@ -44,6 +44,8 @@ from tl_tomsparse._study_measure import (
     tuned_arm,
 )
 from tl_tomsparse._study_stories import Stories
+from tl_tomsparse.mask import SparseMask
+from tl_tomsparse.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from tl_tomsparse._study_settings import StudySettings
@@ -97,6 +99,23 @@ def make_job(
     return Job(load, settings, out, fingerprint, samples, own, turns, shared("d", 0.0))
 
 
+class Work(NamedTuple):
+    """What is made of a kappa: the masks, and every edit but trained ones."""
+
+    kappa: float
+    sensitivities: Mapping[str, Sensitivity]
+    masks: Mapping[str, SparseMask]
+    arms: list[Arm]
+
+
+def make_work(
+    model: Any, sensitivities: Mapping[str, Sensitivity], kappa: float, settings: StudySettings
+) -> Work:
+    """The same in every process."""
+    masks = make_masks(sensitivities, kappa)
+    return Work(kappa, sensitivities, masks, list(make_arms(model, masks, sensitivities, kappa, settings)))
+
+
 class Helpers:
     """Further processes, beside the one that this is made in; to be used in a `with` block.
 
@@ -133,11 +152,11 @@ class Helpers:
                 break
             sleep(_PAUSE)
 
-    def edits(self, model: Any, material: Material, kappa: float, meter: PointMeter) -> None:
+    def edits(self, model: Any, material: Material, work: Work, meter: PointMeter) -> None:
         """Until everything that takes a kappa is in the folder."""
-        self._job.kappa.value = kappa
+        self._job.kappa.value = work.kappa
         with _threads(self._fewer):
-            _edits(model, material, kappa, self._job, meter, self._watched)
+            _edits(model, material, work, self._job, meter, self._watched)
         while not self._check():
             sleep(_PAUSE)
 
@@ -204,7 +223,8 @@ def _work(number: int, job: Job, threads: int) -> None:
     with stored_points(job.out / f"points_{number}.jsonl") as (_, store):
         resume = [*read_points(job.out / "points.jsonl"), *others_points(job.out)]
         meter = study_meter(model, material, store, resume)
-        _edits(model, material, job.kappa.value, job, meter, mine)
+        work = make_work(model, read_sensitivities(material, job.out), job.kappa.value, job.settings)
+        _edits(model, material, work, job, meter, mine)
 
 
 def _alone() -> bool:
@@ -220,17 +240,15 @@ def _sensitivities(model: Any, material: Material, job: Job, mine: Mine) -> None
     make_sensitivities(model, material, mine("sensitivities", list(material.tasks)), job.settings, job.out)
 
 
-def _edits(model: Any, material: Material, kappa: float, job: Job, meter: PointMeter, mine: Mine) -> None:
-    settings, out = job.settings, job.out
-    sensitivities = read_sensitivities(material, out)
-    masks = make_masks(sensitivities, kappa)
-    for arm in mine("arms", list(make_arms(model, masks, sensitivities, kappa, settings))):
+def _edits(model: Any, material: Material, work: Work, job: Job, meter: PointMeter, mine: Mine) -> None:
+    settings, out, masks = job.settings, job.out, work.masks
+    for arm in mine("arms", work.arms):
         meter.measure(arm.what, arm.label)
     for which in mine("training", masks_to_train(masks["mask"], settings)):
         arm = tuned_arm(model, which, material, settings, out)
         meter.measure(arm.what, arm.label)
     predicted = mine("loss changes", masks_to_predict(masks["mask"], settings))
-    loss_changes(model, material, predicted, sensitivities["task"], out)
+    loss_changes(model, material, predicted, work.sensitivities["task"], out)
     prepared = prepared_battery(model, settings)
     if not isinstance(prepared, str):
         measure_arms(model, prepared, mine("battery", main_arms(model, masks, settings)), out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tl_tomsparse._checks import TomsparseError, check_choice, check_kappa, check_positive
 from tl_tomsparse._draws import stream
@@ -74,6 +76,10 @@ class StudySettings:
             head_stories=3,
             localisation_items=10,
         )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON gives them back."""
+        return dict(json.loads(json.dumps(asdict(self))))
 
     def check(self) -> None:
         """Refuse what can be refused before any work.

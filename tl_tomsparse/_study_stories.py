@@ -95,7 +95,11 @@ def own_set(own: Stories) -> StorySet:
         for name in _OTHERS
         if name not in others
     }
-    left_out |= {name: f"the stories are your own, not generated ones of {name}." for name in _SCENARIOS}
+    kinds = {name: name for name in _SCENARIOS}
+    kinds |= {"other_stories": "another seed", "new_wording": "other wordings"}
+    left_out |= {
+        name: f"the stories are your own, not generated ones of {kind}." for name, kind in kinds.items()
+    }
     return StorySet(asking(train, "false_belief"), others, own["dev"], own["test"], left_out=left_out)
 
 

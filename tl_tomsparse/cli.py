@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from tl_tomsparse import __version__
 from tl_tomsparse._checks import TomsparseError, check_positive
+from tl_tomsparse._folder import check_folder
 from tl_tomsparse.comparison import compare_studies
 from tl_tomsparse.comparison_report import write_comparison_page
 from tl_tomsparse.models import Backend, load_model
@@ -120,8 +121,10 @@ def run(
             prepend_bos=bos,
         )
         if with_study:
-            _study_settings(settings, quick).check()
+            asked = _study_settings(settings, quick)
+            asked.check()
             check_positive("processes", processes)
+            check_folder(out / "study", asked.plain(), unknown=("kappa",))  # the run chooses it
         if quiet:
             logging.disable_progress_bar()
         result = run_pipeline(
@@ -133,7 +136,7 @@ def run(
         )
         claims, pages = [*result.claims, *result.position_claims], [out / "report.html"]
         if with_study:
-            asked = replace(_study_settings(settings, quick), kappa=result.choice.kappa)
+            asked = replace(asked, kappa=result.choice.kappa)
             claims += _study(settings, asked, out / "study", processes, quiet).claims
             pages.append(out / "study" / "study.html")
     except TomsparseError as error:

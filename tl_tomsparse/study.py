@@ -19,10 +19,9 @@ this many stories is not there (see the intervals).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +39,17 @@ from tl_tomsparse._folder import (
 from tl_tomsparse._model import view
 from tl_tomsparse._points import Point
 from tl_tomsparse._study_answers import Answers, collect_answers
-from tl_tomsparse._study_arms import make_arms, matches_for
+from tl_tomsparse._study_arms import matches_for
 from tl_tomsparse._study_battery import BatterySection, study_battery
 from tl_tomsparse._study_claims import Evidence, StudyClaim, claims_of
 from tl_tomsparse._study_compare import Comparer
+from tl_tomsparse._study_cost import cost
 from tl_tomsparse._study_files import read_parts, write_study
 from tl_tomsparse._study_heads import HeadSection, study_heads
 from tl_tomsparse._study_material import (
     OTHER_LABELS,
     OTHER_TASKS,
     Material,
-    make_masks,
     make_material,
     make_sensitivities,
     read_sensitivities,
@@ -63,7 +62,7 @@ from tl_tomsparse._study_measure import (
     measure,
     study_meter,
 )
-from tl_tomsparse._study_processes import Helpers, check_load, make_job, others_points
+from tl_tomsparse._study_processes import Helpers, check_load, make_job, make_work, others_points
 from tl_tomsparse._study_settings import StudySettings
 from tl_tomsparse._study_stories import check_own, digest_of, settings_of
 from tl_tomsparse.effect import assemble
@@ -178,7 +177,7 @@ def study(
     if processes > 1:
         check_load(load)
     out = Path(folder)
-    plain = dict(json.loads(json.dumps(asdict(settings))))
+    plain = settings.plain()
     if own is not None:
         plain["own_stories"] = digest_of(own)
     check_folder(out, plain)
@@ -192,6 +191,7 @@ def study(
     seen.keys(settings.matrices)
     progress("Making stories and texts")
     material = make_material(model, settings, own)
+    progress(cost(model, material, settings, processes))
     with opened_folder(out):
         facts: dict[str, Any] = claim_folder(
             out,
@@ -218,16 +218,16 @@ def study(
             finished, store = stack.enter_context(stored_points(out / "points.jsonl"))
             bars: dict[str, Any] = {"on_point": store, "resume": finished, "show_progress": show_progress}
             kappa = settings.kappa or choose(model, material, sensitivities, settings, progress, bars)
-            masks = make_masks(sensitivities, kappa)
+            work = make_work(model, sensitivities, kappa, settings)
+            masks = work.masks
             if helpers is not None:
                 progress(f"Edits, training and predictions, in {processes} processes")
                 meter = study_meter(model, material, store, [*finished, *others_points(out)])
-                helpers.edits(model, material, kappa, meter)
+                helpers.edits(model, material, work, meter)
                 finished = read_points(out / "points.jsonl")
             meter = study_meter(model, material, store, [*finished, *others_points(out)])
-            arms = list(make_arms(model, masks, sensitivities, kappa, settings))
             points, rows = measure(
-                model, material, arms, meter, masks["mask"], settings, out, progress, show_progress
+                model, material, work.arms, meter, masks["mask"], settings, out, progress, show_progress
             )
         progress("Predicted and true changes of the loss")
         predicted = tqdm(
@@ -310,12 +310,12 @@ def _assemble(
         "prepend_bos": settings.prepend_bos,
     }
     found = assemble(material.scoring, material.text, as_effect, n_weights, meta)
-    overlaps, halves = mask_overlaps(masks, sensitivities, kappa)
+    overlaps, told = mask_overlaps(masks, sensitivities, kappa)
     random = tuple(f"random_{match}" for match in matches_for(model, masks["mask"]) if match != "matrix")
     evidence = Evidence(
         found,
         compare,
-        halves,
+        told,
         losses["mask", None],
         material.answer_groups,
         CONTROLS,

@@ -1,0 +1,43 @@
+"""What a study will cost, before it begins: tokens counted, one pass over some of them timed."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from tl_tomsparse._study_arms import most_arms
+from tl_tomsparse._study_material import Material, n_masks
+
+if TYPE_CHECKING:
+    from tl_tomsparse._study_settings import StudySettings
+
+_GRADIENT = 3  # passes forward that one forward and back is worth
+
+
+def cost(model: Any, material: Material, settings: StudySettings, processes: int) -> str:
+    """In words; the time is that of one pass over the held-out text, times what there is to do."""
+    each, arms = tokens_of(material, settings)
+    gradients = sum(int(samples.attention_mask.sum()) for samples in material.tasks.values())
+    began = perf_counter()
+    material.text.nll(model)
+    seconds = (perf_counter() - began) / material.text.reads.n_tokens * (arms * each + _GRADIENT * gradients)
+    together = f" ({processes} processes share it)" if processes > 1 else ""
+    return (
+        f"To do: sensitivities to {len(material.tasks)} sets of samples ({gradients:,} tokens), and up to "
+        f"{arms} edits on {each:,} tokens each, some {duration(seconds)} of one process{together}; then "
+        "training, predicted losses, heads and localisation. What is finished is not done again."
+    )
+
+
+def tokens_of(material: Material, settings: StudySettings) -> tuple[int, int]:
+    """Tokens that each arm reads, and how many arms there are at most."""
+    each = material.scoring.reads.n_tokens + material.text.reads.n_tokens
+    return each, most_arms(settings, n_masks(material))
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
