@@ -275,7 +275,6 @@ MORE: dict[str, Family] = {
             hidden_size=D_MODEL,
             num_layers=LAYERS,
             num_heads=HEADS,
-            intermediate_size=D_MLP,
             max_position_embeddings=128,
             attention_types=[[["global", "local"], 1]],
             window_size=16,
@@ -287,6 +286,7 @@ MORE: dict[str, Family] = {
         | {"O": Place("attn.attention.out_proj"), "in": Place("mlp.c_fc"), "out": Place("mlp.c_proj")},
         kv_heads=4,
         positions="learned",
+        hooked=True,
     ),
     "OPT": Family(
         made("OPT", **without("num_key_value_heads"), ffn_dim=D_MLP, word_embed_proj_dim=D_MODEL),

@@ -6,6 +6,7 @@ edited values into the parameters.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,28 @@ import torch
 from families import FAMILIES
 from family import common, without
 from test_edit import raw_bytes
+from test_evaluate import oracle
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PersimmonConfig, Qwen3_5TextConfig
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
 from tl_tomsparse.edit import SparseEdit
-from tl_tomsparse.evaluate import perplexity
+from tl_tomsparse.evaluate import perplexity, score_stories
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.models import Backend, load_model
 from tl_tomsparse.ranking import top_fraction
 from tl_tomsparse.samples import Samples
 from tl_tomsparse.sensitivity import fisher_diagonal
 
+# One option is right and neither is likely; short enough for every context and window.
+STORY = replace(tiny.story(), text="Anna moves the ball to the box.", questions=(tiny.story().questions[3],))
+# TransformerLens knows it by its own names alone or not at all, computes something else, reads what
+# configurations no longer have, or shows no input of attention; float64 XGLM is no model of transformers.
+NO_HOOKED = (
+    "is not currently supported|computes other logits|no attribute 'partial_rotary_factor'|"
+    "no hook point shows the product|cannot be run in torch.float64"
+)
 SUPPORTED = [name for name, family in FAMILIES.items() if family.refused is None]
 MAJOR = int(version("transformer-lens").split(".")[0])
 CASES = [(name, "bridge") for name in SUPPORTED if FAMILIES[name].bridge_since <= MAJOR]
@@ -122,6 +132,10 @@ def test_fisher_masks_edits_and_perplexity_are_those_of_transformers(
     with edit.applied(model):
         assert_logits(model, hf, samples)
         nll = perplexity(model, samples, show_progress=False).nll
+        margin = score_stories(model, [STORY], show_progress=False).frame.margin.item()
+    (question,) = STORY.questions
+    answer, other = (oracle(hf, model.tokenizer, STORY.prompt(question), o)[0] for o in ("box", "basket"))
+    assert margin == pytest.approx(answer - other, abs=1e-4)
     with model.hooks(fwd_hooks=edit.hooks(model)):
         assert_logits(model, hf, samples)
     with torch.no_grad():
@@ -156,7 +170,7 @@ def test_the_readme_has_the_table() -> None:
 def test_the_same_weights_have_the_same_fisher_on_both_kinds_of_model(name: str, samples: Samples) -> None:
     """Or HookedTransformer's form of the model is refused: never other numbers."""
     if not FAMILIES[name].hooked:
-        with pytest.raises(TomsparseError):
+        with pytest.raises(TomsparseError, match=NO_HOOKED):
             view(load(name, "hooked"))
         return
     hooked, bridge = (load(name, backend, FAMILIES[name].hooked_dtype) for backend in tiny.BACKENDS[::-1])
@@ -170,6 +184,14 @@ def test_the_same_weights_have_the_same_fisher_on_both_kinds_of_model(name: str,
     assert {key: entries.tolist() for key, entries in masks[0].entries.items()} == {
         key: entries.tolist() for key, entries in masks[1].entries.items()
     }
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_experts_are_not_offered_and_it_is_said(name: str) -> None:
+    seen = view(load(name, "bridge"))
+    for matrix, why in (("gate", "is a .*Router, not a plain linear"), ("in", "no in"), ("out", "no out")):
+        with pytest.raises(TomsparseError, match=f"does not offer matrix '{matrix}': .*{why}"):
+            seen.keys((matrix,))
 
 
 def test_a_weight_that_holds_more_than_queries_is_not_offered_as_q(tmp_path: Path) -> None:
