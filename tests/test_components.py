@@ -149,7 +149,7 @@ def test_without_rotation_there_are_no_parts_by_frequency() -> None:
     notes = frame.drop_duplicates("component").set_index("component").note
     assert (notes[["dominant", "slow", "fast"]] == "no layer has a rotation").all()
     assert (notes[["whole", "Q", "K"]] == "").all()
-    assert set(frame.measure) == {"sinks_shifted", "attention"}
+    assert set(frame.measure) == {"sinks_shifted", "sink_rate", "attention"}
     blind = tt.component_effects(model, some_samples(), edit, **{**OPTIONS, "eps": 0.99})
     assert blind.frame.empty
     assert "note" in blind.frame

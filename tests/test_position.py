@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import families
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -31,7 +33,7 @@ def test_an_edit_that_changes_nothing_has_no_effect(backend: Any) -> None:
     same = tt.SparseEdit.scale(model, a_mask(model), 1.0)
     found = tt.position_effects(model, some_samples(), {"same": same}, **OPTIONS)
     assert set(found.summary.measure) == {
-        "sinks_shifted", "attention", "turn", "turn_others", "norm_q", "norm_k",
+        "sinks_shifted", "sink_rate", "attention", "turn", "turn_others", "norm_q", "norm_k",
     }  # fmt: skip
     numbers = ["value", "low", "high", "random", "random_low", "random_high", "beyond"]
     assert (found.summary[numbers].to_numpy() == 0).all()
@@ -122,7 +124,11 @@ def test_effects_are_those_of_single_measures_made_one_by_one(backend: Any) -> N
             "turn": float(np.mean(turns)),
             "norm_q": float(np.mean(norms)),
             "sinks_shifted": float(np.mean(each)),
+            "sink_rate": float(np.mean(above(new)) - np.mean(above(old))),
         }
+
+    def above(of: tuple[Any, Any, Any]) -> list[bool]:
+        return [float(a) > 0.2 for values in of[0].attention.values() for a in values.flatten()]
 
     own = by_hand(measured(edit))
     random = [
@@ -141,11 +147,37 @@ def test_effects_are_those_of_single_measures_made_one_by_one(backend: Any) -> N
         assert of.beyond[name] == pytest.approx(value - np.mean(drawn), abs=1e-9), name
 
 
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_frames_have_intervals_logits_and_angles_before_the_rotation(backend: Any) -> None:
+    model, samples = tiny.model("llama", backend, dtype=torch.float64), some_samples()
+    edit = tt.SparseEdit.zero(model, a_mask(model, share=0.05))
+    found = tt.position_effects(model, samples, {"zero": edit}, unrotated=True, **OPTIONS)
+    heads = found.heads.set_index(["measure", "layer", "head"])
+    for state, block in (("before", nullcontext()), ("after", edit.applied(model))):
+        with block:
+            norms = tt.frequency_norms(model, samples, show_progress=False).to_frame()
+            for rotated, name in ((True, ""), (False, "_unrotated")):
+                angles = tt.bos_angles(model, samples, rotated=rotated, show_progress=False)
+                for which, values in (("angle", angles.to_sink), ("angle_others", angles.to_others)):
+                    for layer, value in values.items():
+                        wanted = value.nanmean(0).tolist()
+                        assert heads.loc[(f"{which}{name}", layer)][state].tolist() == pytest.approx(wanted)
+        for column, of in (
+            (state, "rms"), (f"{state}_low", "low"), (f"{state}_high", "high"),
+            (f"logit_{state}", "logit"), (f"logit_first_{state}", "logit_first"),
+        ):  # fmt: skip
+            np.testing.assert_allclose(found.frequencies[column], norms[of], rtol=1e-6, atol=1e-9)
+    for match, frame in found.by_frequency.groupby("match"):
+        one = tt.mask_by_frequency(model, edit.mask, match=match, seed=0)
+        pd.testing.assert_frame_equal(frame.drop(columns="edit").reset_index(drop=True), one)
+    assert set(found.by_frequency["match"]) == {"matrix", "row"}
+
+
 def test_without_rotation_only_sinks_are_measured() -> None:
     model = load_model(families.directory("GPT-2"), device="cpu")
     edit = tt.SparseEdit.zero(model, a_mask(model, share=0.05))
     found = tt.position_effects(model, some_samples(), {"zero": edit}, **{**OPTIONS, "eps": 0.05})
-    assert set(found.summary.measure) == {"sinks_shifted", "attention"}
+    assert set(found.summary.measure) == {"sinks_shifted", "sink_rate", "attention"}
     assert set(found.heads.measure) == {"attention"}
     for frame in (found.frequencies, found.by_frequency, found.shares, found.degrees):
         assert frame.empty

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from family import common, made, rope
 from test_edit import a_mask
 from test_rotary import SPIED, queries_and_keys, some_samples
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import tl_tomsparse as tt
 from tl_tomsparse import sink
@@ -25,6 +27,9 @@ CASES = [(name, backend) for name in SPIED for backend in tiny.BACKENDS]
 CASES = [(n, b) for n, b in CASES if b == "bridge" or families.FAMILIES[n].hooked]
 if "hooked" in tiny.BACKENDS:
     CASES = [case for case in CASES if case != ("Cohere", "bridge")]  # refused on TransformerLens 3.9
+
+
+NORMED = ("Llama", "Qwen3", "Gemma 3", "Phi", "GLM-4")
 
 
 def degrees(a: Tensor, b: Tensor) -> float:
@@ -63,24 +68,69 @@ def test_angles_are_those_of_loops_over_positions(name: str, backend: Any, posit
             every = [angle for (of, _), angles in by_position.items() if of == head for angle in angles]
             counts, _ = np.histogram(every, bins=180, range=(0, 180))
             assert found.degrees[layer][head].tolist() == counts.tolist()
-    # What frequencies add, with the dimensions that are not rotated, is the cosine.
-    if (
-        families.FAMILIES[name].positions == "rotary"
-        and tt.RotaryLayout.of(model)[0].rotary_dim == families.D_HEAD
-    ):
-        for layer, rows in queries_and_keys(name, samples).items():
-            heads = rows[0][0].shape[1]
-            for head in range(heads):
-                means = []
-                for q, k in rows:
-                    key = k[position, head // (heads // k.shape[1])]
-                    each = [
-                        float(q[at, head] @ key / q[at, head].norm() / key.norm())
-                        for at in range(position + 1, len(q))
+    # What each frequency adds to the cosine.
+    layout = tt.RotaryLayout.of(model)
+    for layer, rows in queries_and_keys(name, samples).items():
+        if layer not in layout:
+            continue
+        heads, pairs = rows[0][0].shape[1], layout[layer].pairs.tolist()
+        for head in range(heads):
+            means = []
+            for q, k in rows:
+                key = k[position, head // (heads // k.shape[1])]
+                each = [
+                    [
+                        float(one[i] * key[i] + one[j] * key[j]) / float(one.norm() * key.norm())
+                        for i, j in pairs
                     ]
-                    means.append(sum(each) / len(each))
-                total = float(found.cosine[layer][head].sum())
-                assert total == pytest.approx(sum(means) / len(means), abs=1e-6)
+                    for one in q[position + 1 :, head]
+                ]
+                means.append(np.mean(each, 0))
+            np.testing.assert_allclose(found.cosine[layer][head], np.mean(means, 0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), [case for case in CASES if case[0] in NORMED])
+def test_before_the_rotation_angles_are_those_of_what_is_turned_back(name: str, backend: Any) -> None:
+    """Also where a norm comes before the rotation, where part of a head is turned, and in adjacent pairs."""
+    samples = some_samples()
+    model = load_model(families.directory(name), backend=backend, device="cpu", dtype=torch.float64)
+    layout = tt.RotaryLayout.of(model)
+    found = tt.bos_angles(model, samples, rotated=False, show_progress=False)
+    for layer, rows in queries_and_keys(name, samples).items():
+        for n, (q, k) in enumerate(rows):
+            q, k = (turned_back(x, layout[layer]) for x in (q, k))
+            for head in range(q.shape[1]):
+                key = k[0, head // (q.shape[1] // k.shape[1])]
+                each = [degrees(one, key) for one in q[1:, head]]
+                found_here = float(found.to_sink[layer][n, head])
+                assert found_here == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+def turned_back(x: Tensor, rotation: Any) -> Tensor:
+    """Rotated queries or keys `[pos, heads, d_head]` without their rotation, number by number."""
+    back = x.clone()
+    for at in range(len(x)):
+        for (i, j), theta in zip(rotation.pairs.tolist(), rotation.frequencies.tolist()):
+            cosine, sine = math.cos(-at * theta), math.sin(-at * theta)
+            back[at, :, i] = cosine * x[at, :, i] - sine * x[at, :, j]
+            back[at, :, j] = sine * x[at, :, i] + cosine * x[at, :, j]
+    return back
+
+
+def test_hardly_any_rotation_leaves_angles_as_they_are(tmp_path: Any) -> None:
+    """Positions divided by a thousand million: no query is turned, however far away."""
+    config = made("Llama", **common(), **rope("linear", factor=1e9))()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype=torch.float64)
+    layout = tt.RotaryLayout.of(model)
+    assert layout[0].wavelengths.tolist() == pytest.approx([2e9 * math.pi * 10**m for m in range(4)])
+    found = [
+        tt.bos_angles(model, some_samples(), rotated=which, show_progress=False) for which in (True, False)
+    ]
+    for layer in (0, 1):
+        torch.testing.assert_close(found[0].to_sink[layer], found[1].to_sink[layer], rtol=0, atol=1e-6)
+        assert found[0].to_sink[layer].std() > 0.1
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)

@@ -38,23 +38,33 @@ class Position:
         attention: to the token.
         angles: to its key; None where no layer has a rotation.
         norms: by frequency; None where no layer has a rotation.
+        unrotated: angles before the rotation; None where they were not asked for.
     """
 
     attention: SinkAttention
     angles: BosAngles | None
     norms: FrequencyNorms | None
+    unrotated: BosAngles | None = None
 
 
-def measure_position(seen: ModelView, samples: Samples, position: int, batch_tokens: int | None) -> Position:
+def measure_position(
+    seen: ModelView, samples: Samples, position: int, batch_tokens: int | None, *, unrotated: bool = False
+) -> Position:
     """Everything in one pass over the samples."""
-    now = Current()
+    now, turned = Current(), bool(seen.rotations[0])
     attention = attention_measure(seen, samples, now, position=position)
-    angles = angles_measure(seen, samples, now, position=position) if seen.rotations[0] else None
-    norms = norms_measure(seen, samples, now) if seen.rotations[0] else None
-    hooks = [hook for measure in (attention, angles, norms) if measure for hook in measure.hooks]
+    angles = angles_measure(seen, samples, now, position=position) if turned else None
+    norms = norms_measure(seen, samples, now) if turned else None
+    back = None
+    if turned and unrotated:
+        back = angles_measure(seen, samples, now, position=position, rotated=False)
+    hooks = [hook for measure in (attention, angles, norms, back) if measure for hook in measure.hooks]
     stream(seen, samples, hooks, now, description="position", batch_tokens=batch_tokens, show_progress=False)
     return Position(
-        attention.result(), angles.result() if angles else None, norms.result() if norms else None
+        attention.result(),
+        angles.result() if angles else None,
+        norms.result() if norms else None,
+        back.result() if back else None,
     )
 
 
@@ -121,13 +131,20 @@ class Comparison:
         if self.before.norms is None or after.norms is None:
             return pd.DataFrame()
         names = ["layer", "part", "head", "frequency", "radians", "wavelength"]
-        frame = self.before.norms.to_frame()[[*names, "rms"]].rename(columns={"rms": "before"})
+        old, new = self.before.norms.to_frame(), after.norms.to_frame()
+        frame = old[names].copy()
+        for one, state in ((old, "before"), (new, "after")):
+            frame[state] = one["rms"]
+            for end in ("low", "high"):
+                frame[f"{state}_{end}"] = one[end]
+            for logit in ("logit", "logit_first"):
+                frame[f"{logit}_{state}"] = one[logit]
 
         def flat(norms: Mapping[tuple[int, str], Tensor]) -> Floats:
             return np.concatenate([one.flatten().numpy() for one in norms.values()])
 
         drawn = np.stack([flat(one.norms) for one in random])
-        return frame.assign(after=flat(after.norms.rms), **_range(drawn))
+        return frame.assign(**_range(drawn))
 
     def degrees(self, after: Position, random: Sequence[Changes]) -> pd.DataFrame:
         """See `PositionEffects.degrees`."""
@@ -168,6 +185,8 @@ class Comparison:
         levels: dict[str, Mapping[int, Tensor]] = {"attention": of.attention.attention}
         if of.angles is not None:
             levels |= {"angle": of.angles.to_sink, "angle_others": of.angles.to_others}
+        if (back := of.unrotated) is not None:
+            levels |= {"angle_unrotated": back.to_sink, "angle_others_unrotated": back.to_others}
         return levels
 
     def _per_head(self, after: Position) -> dict[str, dict[int, Tensor]]:
@@ -187,6 +206,12 @@ class Comparison:
         counts = [torch.cat(list(which.values()), 1).sum(1).double() for which in (moved, sinks)]
         if counts[1].any():
             yield "sinks_shifted", (counts[0].numpy(), counts[1].numpy())
+        known = torch.cat([share.isfinite() for share in old.values()], 1).sum(1).double().numpy()
+        above = [
+            torch.cat([share > self.eps for share in levels.values()], 1).sum(1).double().numpy()
+            for levels in (old, new)
+        ]
+        yield "sink_rate", (above[1] - above[0], known)
         if self.sink_heads:
             yield "attention", _over(self.sink_heads, {layer: new[layer] - old[layer] for layer in old})
         if self.before.angles is not None and after.angles is not None:

@@ -24,7 +24,7 @@ from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._points import json_rows
 from tl_tomsparse._position_changes import Clusters, Comparison, Position, measure_position, summary
 from tl_tomsparse.edit import SparseEdit
-from tl_tomsparse.enrichment import mask_by_frequency, mask_rank, share_at_frequencies
+from tl_tomsparse.enrichment import Kind, mask_by_frequency, mask_rank, share_at_frequencies
 from tl_tomsparse.mask import Match, SparseMask
 from tl_tomsparse.rotary import FrequencyNorms
 from tl_tomsparse.samples import Samples
@@ -45,20 +45,25 @@ class PositionEffects:
             random (mean over seeds), random_low, random_high (range over seeds), beyond (value - random),
             beyond_low, beyond_high, p_above and p_below (of "not above" and "not below" the random mean,
             doubled), as_high and as_low (how many random edits are). Measures: "sinks_shifted" (share of the
-            sinks), "attention" (mean change at sink heads), "turn" and "turn_others" (degrees, mean over sink
+            sinks), "sink_rate" (change of the share of heads whose attention to the token is above eps),
+            "attention" (mean change at sink heads), "turn" and "turn_others" (degrees, mean over sink
             heads, of the token's key and of the other keys), "norm_q" and "norm_k" (the relative change,
             without its sign, of the RMS norm at a head's dominant frequencies; mean over heads). Norms are
             compared in groups of samples, the rest sample by sample.
-        heads: one row an edit, measure ("attention", "angle", "angle_others"), layer and head: before, after,
-            change, low, high (bootstrap 95 % over samples), random, random_low, random_high of the change.
+        heads: one row an edit, measure ("attention", "angle", "angle_others", and with `unrotated`
+            "angle_unrotated", "angle_others_unrotated"), layer and head: before, after, change, low, high
+            (bootstrap 95 % over samples), random, random_low, random_high of the change.
         frequencies: one row an edit, layer, part, head and frequency: radians, wavelength, before, after (RMS
-            norm), random, random_low, random_high (RMS norm).
+            norm) with their 95 % intervals (before_low, before_high, after_low, after_high), random,
+            random_low, random_high (RMS norm); of queries also what the frequency adds to the attention
+            logit: logit_before, logit_after, and with the first token as key logit_first_before,
+            logit_first_after.
         sinks: one row an edit and layer (-1: all): see [`sink_shift`][]; beside it random, random_low,
             random_high of the share that shifted.
         degrees: one row an edit, heads ("all" or "sink") and degree: degree (0: angles of 0 to 1 between
             queries and the token's key), before, after (shares of the queries), random, random_low,
             random_high (shares).
-        by_frequency: see [`mask_by_frequency`][], of each edit's mask.
+        by_frequency: see [`mask_by_frequency`][], of each edit's mask, matched by matrix and by row.
         shares: see [`share_at_frequencies`][], of each edit's mask at the frequencies that are "dominant" in
             each head of the unedited model, and at the "slow" half of each layer's (column `frequencies`).
         ranks: see [`mask_rank`][], of each edit's mask.
@@ -103,6 +108,7 @@ def position_effects(
     position: int = 0,
     eps: float = 0.3,
     threshold: float = 0.01,
+    unrotated: bool = False,
     n_draws: int = 10_000,
     batch_tokens: int | None = None,
     show_progress: bool = True,
@@ -119,6 +125,7 @@ def position_effects(
         position: of the token that is asked about, the same in every row; 0 is BOS where rows begin with it.
         eps: what attends to the token by more than this is a sink.
         threshold: change of attention that counts as a shift; the paper's is 0.01.
+        unrotated: also measure angles before the rotation, which takes longer.
         n_draws: how often samples are drawn again.
         batch_tokens: most tokens in one batch, padding included.
         show_progress: a progress bar over edits.
@@ -143,7 +150,7 @@ def position_effects(
 
         def measured(edit: SparseEdit | None = None) -> Position:
             with nullcontext() if edit is None else edit.applied(model):
-                found = measure_position(seen, samples, position, batch_tokens)
+                found = measure_position(seen, samples, position, batch_tokens, unrotated=unrotated)
             bar.update()
             return found
 
@@ -235,7 +242,9 @@ class _Tables:
             self.add("ranks", edit, mask_rank(model, mask, n_random=n_random, seed=seed))
         if norms is None or not len(mask.restrict(matrices=("Q", "K"), layers=list(norms.layout))):
             return
-        self.add("by_frequency", edit, mask_by_frequency(model, mask, seed=seed))
+        kinds: tuple[Kind, ...] = ("matrix", "row")
+        for match in kinds:
+            self.add("by_frequency", edit, mask_by_frequency(model, mask, match=match, seed=seed))
         for name, frequencies in (("dominant", norms.dominant()), ("slow", "slow")):
             shares = share_at_frequencies(model, mask, frequencies, seed=seed)
             shares.insert(0, "frequencies", name)
