@@ -56,9 +56,9 @@ def mask_by_frequency(
         One row a matrix and frequency (-1: dimensions that are not turned): match, matrix, frequency,
         entries, share (of the matrix' entries), random_mean, random_low, random_high (central 95 % of the
         random masks), enrichment (entries / random_mean), enrichment_low, enrichment_high (entries /
-        random_high and / random_low: 1 is between them where the mask is like a random one; inf where random
-        masks may have none), p (two-sided, of the mask being one of the random ones), and where all layers
-        turn alike radians and wavelength.
+        random_high and / random_low: 1 is between them where the mask is like a random one; nan, no bound,
+        where that is 0), p (two-sided, of the mask being one of the random ones), and where all layers turn
+        alike radians and wavelength.
 
     Raises:
         TomsparseError: no layer with a rotation; a mask of other weights or without entries in Q and K.
@@ -103,8 +103,7 @@ def mask_by_frequency(
 def _over(entries: int, mean: float, low: float, high: float) -> dict[str, float]:
     """Enrichment over the mean and the ends of random masks."""
     ends = {"enrichment": mean, "enrichment_low": high, "enrichment_high": low}
-    none = float("inf") if entries else float("nan")
-    return {name: entries / end if end else none for name, end in ends.items()}
+    return {name: entries / end if end else float("nan") for name, end in ends.items()}
 
 
 def at_frequencies(
