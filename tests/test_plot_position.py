@@ -171,7 +171,7 @@ def test_maps_of_a_large_model_are_small():
         return {layer: top * torch.rand(3, 32).double() for layer in range(32)}
 
     sinks = [tt.SinkAttention(values(0.6), 0, True, ("a", "b", "c")) for _ in range(2)]
-    angles = [tt.BosAngles(values(170), {}, {}, {}, {}, 0, True, True, ("a", "b", "c")) for _ in range(2)]
+    angles = [tt.BosAngles(values(170), *[{}] * 5, 0, True, True, ("a", "b", "c")) for _ in range(2)]
     for figure in (plot.sinks(sinks[0], after=sinks[1]), plot.bos_angles(angles[0], after=angles[1])):
         assert size(figure) < 0.2
         assert figure.layout.height < 900
@@ -200,6 +200,18 @@ def test_histograms_of_angles(model, edit):
         assert list(band.y) == [*of.random_high[degrees], *of.random_low[degrees][::-1]]
     with pytest.raises(tt.TomsparseError, match=r"several edits \(mask, same\)"):
         plot.angle_histogram(found.degrees)
+
+
+def test_a_histogram_of_the_angles_of_one_model(model):
+    angles = tt.bos_angles(model, some_samples(), **QUIET)
+    figure = plot.angle_histogram(angles)
+    (line,) = figure.data
+    counts = sum(count.sum(0) for count in angles.degrees.values()).numpy()
+    shown = np.zeros(180)
+    shown[(np.asarray(line.x) - 0.5).astype(int)] = line.y
+    np.testing.assert_allclose(shown, counts / counts.sum())
+    assert sum(line.y) == pytest.approx(1)
+    assert [note.text for note in figure.layout.annotations] == ["all heads"]
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_tomsparse._intervals import ClusterBootstrap, mean_intervals
+from tl_tomsparse._intervals import ClusterBootstrap, group_reach, mean_intervals
 from tl_tomsparse._model import ModelView
 from tl_tomsparse._stream import Current, stream
 from tl_tomsparse.rotary import FrequencyNorms, norms_measure
@@ -48,16 +49,21 @@ class Position:
 
 
 def measure_position(
-    seen: ModelView, samples: Samples, position: int, batch_tokens: int | None, *, unrotated: bool = False
+    seen: ModelView,
+    samples: Samples,
+    at: Int64[Tensor, " rows"],
+    batch_tokens: int | None,
+    *,
+    unrotated: bool = False,
 ) -> Position:
-    """Everything in one pass over the samples."""
+    """Everything in one pass over the samples, of the token at this position in each row."""
     now, turned = Current(), bool(seen.rotations[0])
-    attention = attention_measure(seen, samples, now, position=position)
-    angles = angles_measure(seen, samples, now, position=position) if turned else None
+    attention = attention_measure(seen, samples, now, at=at)
+    angles = angles_measure(seen, samples, now, at=at) if turned else None
     norms = norms_measure(seen, samples, now) if turned else None
     back = None
     if turned and unrotated:
-        back = angles_measure(seen, samples, now, position=position, rotated=False)
+        back = angles_measure(seen, samples, now, at=at, rotated=False)
     hooks = [hook for measure in (attention, angles, norms, back) if measure for hook in measure.hooks]
     stream(seen, samples, hooks, now, description="position", batch_tokens=batch_tokens, show_progress=False)
     return Position(
@@ -76,6 +82,7 @@ class Changes:
         measures: of the summary.
         heads: for each measure of the heads, the mean change, `[layers * heads]`.
         norms: for each (layer, part) the RMS norm `[heads, pairs]`.
+        cosine: for each layer what each frequency adds to the cosine with the token's key, `[heads, pairs]`.
         shifted: for each layer, and -1 for all, the share of the sinks that shifted.
         degrees: of "all" heads and of "sink" heads the share of the queries at each degree, `[180]`.
     """
@@ -83,6 +90,7 @@ class Changes:
     measures: Sums
     heads: dict[str, Floats]
     norms: Mapping[tuple[int, str], Tensor]
+    cosine: Mapping[int, Tensor]
     shifted: dict[int, float]
     degrees: dict[str, Floats]
 
@@ -104,8 +112,9 @@ class Comparison:
         per_head = {name: _joined(values) for name, values in self._per_head(after).items()}
         heads = {name: np.nanmean(values, 0) for name, values in per_head.items()}
         norms = {} if after.norms is None else after.norms.rms
+        cosine = {} if after.angles is None else after.angles.cosine
         measures, degrees = dict(self._measures(after)), self._degrees(after)
-        return Changes(measures, heads, norms, self._shifted(after), degrees)
+        return Changes(measures, heads, norms, cosine, self._shifted(after), degrees)
 
     def heads(self, after: Position, random: Sequence[Changes], seed: int) -> pd.DataFrame:
         """See `PositionEffects.heads`."""
@@ -140,11 +149,23 @@ class Comparison:
             for logit in ("logit", "logit_first"):
                 frame[f"{logit}_{state}"] = one[logit]
 
-        def flat(norms: Mapping[tuple[int, str], Tensor]) -> Floats:
-            return np.concatenate([one.flatten().numpy() for one in norms.values()])
+        return frame.assign(**_range(np.stack([_flat(one.norms) for one in random])))
 
-        drawn = np.stack([flat(one.norms) for one in random])
-        return frame.assign(**_range(drawn))
+    def cosines(self, after: Position, random: Sequence[Changes]) -> pd.DataFrame:
+        """See `PositionEffects.cosines`."""
+        import pandas as pd
+
+        if self.before.norms is None or self.before.angles is None or after.angles is None:
+            return pd.DataFrame()
+        # The same layers, heads and frequencies as the norms of queries have.
+        names = ["layer", "head", "frequency", "radians", "wavelength"]
+        norms = self.before.norms.to_frame()
+        frame = norms[norms.part == "q"][names].reset_index(drop=True)
+        for angles, state in ((self.before.angles, "before"), (after.angles, "after")):
+            mean = _flat(angles.cosine)
+            reach = _flat({n: group_reach(one.numpy()) for n, one in angles.cosine_groups.items()})
+            frame[state], frame[f"{state}_low"], frame[f"{state}_high"] = mean, mean - reach, mean + reach
+        return frame.assign(**_range(np.stack([_flat(one.cosine) for one in random])))
 
     def degrees(self, after: Position, random: Sequence[Changes]) -> pd.DataFrame:
         """See `PositionEffects.degrees`."""
@@ -243,6 +264,11 @@ def dominant_pairs(norms: FrequencyNorms) -> dict[tuple[int, str], Tensor]:
     for row in norms.dominant().itertuples():
         chosen[row.layer, row.part][row.head, row.frequency] = True
     return chosen
+
+
+def _flat(values: Mapping[Any, Tensor | NDArray[Any]]) -> Floats:
+    """All numbers in one row."""
+    return np.concatenate([np.asarray(one).flatten() for one in values.values()])
 
 
 def _joined(values: Mapping[int, Tensor]) -> Floats:
