@@ -81,6 +81,7 @@ FIRST: dict[str, Family] = {
         | PHI_MLP,
         kv_heads=4,
         rotary_dim=4,
+        hooked_refused="reads 'partial_rotary_factor' from the configuration, where transformers .*",
     ),
     "Phi-3": Family(made("Phi3", **common()), places=PHI_3, hooked=True),
     "Phi-3, partial rotary": Family(

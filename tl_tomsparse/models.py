@@ -12,13 +12,20 @@ import json
 import os
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from tl_tomsparse._checks import TomsparseError, check_choice
@@ -87,7 +94,7 @@ def load_model(
     except Exception as error:  # TransformerLens raises many kinds, depending on what it does not know
         raise TomsparseError(
             f"TransformerLens cannot make a {backend} model of {path} ({hf.config.model_type}): "
-            f"{_first_line(error)}." + (" Try dtype=torch.float32." if dtype != torch.float32 else "")
+            f"{_first_line(error)}{_cure(error, backend, dtype)}"
         ) from error
     model.cfg.model_name = name
     report = self_check(model, cheap=True)
@@ -252,6 +259,19 @@ def _check_logits(model: Any, tokens: Tensor, expected: Tensor, backend: Backend
                 f"TransformerLens computes other logits for this model than transformers{what} ({backend}: "
                 f"{float(apart):.2g} standard deviations apart at one position); use {other}."
             )
+
+
+def _cure(error: Exception, backend: Backend, dtype: torch.dtype) -> str:
+    """What may help where TransformerLens cannot make a model, as the rest of a sentence."""
+    other = ' Use backend="bridge".' if backend == "hooked" else ""
+    if isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig):
+        return (
+            f"; TransformerLens {version('transformer-lens')} reads {error.name!r} from the configuration, "
+            f"where transformers {version('transformers')} no longer has it.{other}"
+        )
+    if isinstance(error, NotImplementedError):
+        return f".{other}"
+    return "." + (" Try dtype=torch.float32." if dtype != torch.float32 else "")
 
 
 def _first_line(error: BaseException) -> str:
