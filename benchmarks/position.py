@@ -57,12 +57,13 @@ def cached(model: Any, samples: Samples, batch_tokens: int) -> list[Any]:
 def ways(model: Any, samples: Samples, batch_tokens: int) -> dict[str, Callable[[], Any]]:
     """By name; the first one is what the others are compared with."""
     options = QUIET | {"batch_tokens": batch_tokens}
+    first = torch.zeros(len(samples), dtype=torch.long)
     return {
         "forward": partial(forward, model, samples, batch_tokens),
         "frequency_norms": partial(tt.frequency_norms, model, samples, **options),
         "bos_angles": partial(tt.bos_angles, model, samples, **options),
         "sink_attention": partial(tt.sink_attention, model, samples, **options),
-        "all three in one pass": partial(measure_position, view(model), samples, 0, batch_tokens),
+        "all three in one pass": partial(measure_position, view(model), samples, first, batch_tokens),
         "run_with_cache": partial(cached, model, samples, batch_tokens),
     }
 

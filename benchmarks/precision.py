@@ -22,7 +22,7 @@ import tl_tomsparse as tt
 from tl_tomsparse._model import Key, view
 from tl_tomsparse.samples import Samples
 
-KAPPAS = (1e-4, 1e-3, 1e-2)
+KAPPAS = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def kept(found: dict[Key, Tensor], reference: dict[Key, Tensor], kappa: float) -> float:

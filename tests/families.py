@@ -102,8 +102,12 @@ def table() -> str:
             lines.append(f"| {name} | refused: {WHY[name]} | | | | |")
             continue
         marks = [True, family.bridge_since <= 3, family.hooked]
-        cells = " | ".join("yes" if mark else "refused" for mark in marks)
-        lines.append(f"| {name} | {offered} | {family.positions} | {cells} |")
+        cells = ["yes" if mark else "refused" for mark in marks]
+        if family.hooked_without:
+            cells[2] += f", without {' and '.join(family.hooked_without)}: norms follow them"
+        if family.hooked_refused is not None:
+            cells[2] += f": {WHY[name]}"
+        lines.append(f"| {name} | {offered} | {family.positions} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -115,6 +119,7 @@ WHY = {
     "Nemotron-H": "TransformerLens shows its attention layers under no name of their own",
     "GPT": "TransformerLens computes other logits under an attention mask",
     "Mamba": "no attention",
+    "Phi": "TransformerLens reads `partial_rotary_factor`, which transformers 5 keeps elsewhere",
     "T5": "encoder-decoder",
 }
 

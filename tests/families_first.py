@@ -26,6 +26,11 @@ from family import (
     without,
 )
 
+PHI_3 = (
+    fused("self_attn.qkv_proj", "blocks")
+    | {"O": Place("self_attn.o_proj"), "gate": Place("mlp.gate_up_proj", "first")}
+    | {"in": Place("mlp.gate_up_proj", "second"), "out": Place("mlp.down_proj")}
+)
 FIRST: dict[str, Family] = {
     "Llama": Family(made("Llama", **common()), places=LLAMA, hooked=True),
     "Llama, llama3 scaling": Family(
@@ -76,17 +81,11 @@ FIRST: dict[str, Family] = {
         | PHI_MLP,
         kv_heads=4,
         rotary_dim=4,
+        hooked_refused="reads 'partial_rotary_factor' from the configuration, where transformers .*",
     ),
-    "Phi-3": Family(
-        made("Phi3", **common(), partial_rotary_factor=0.5),
-        places=fused("self_attn.qkv_proj", "blocks")
-        | {
-            "O": Place("self_attn.o_proj"),
-            "gate": Place("mlp.gate_up_proj", "first"),
-            "in": Place("mlp.gate_up_proj", "second"),
-            "out": Place("mlp.down_proj"),
-        },
-        rotary_dim=4,
+    "Phi-3": Family(made("Phi3", **common()), places=PHI_3, hooked=True),
+    "Phi-3, partial rotary": Family(
+        made("Phi3", **common(), partial_rotary_factor=0.5), places=PHI_3, rotary_dim=4
     ),
     "StableLM": Family(
         made("StableLm", **common(), partial_rotary_factor=0.25, use_qkv_bias=True),
@@ -154,17 +153,14 @@ FIRST: dict[str, Family] = {
         places=SEPARATE,
     ),
     "GPT-2": Family(
-        made(
-            "GPT2",
-            **GPT,
-            n_inner=D_MLP,
-        ),
+        made("GPT2", **GPT),
         layers="transformer.h",
         places={m: Place("attn.c_attn", m.lower(), "blocks", True) for m in "QKV"}
         | {"O": Place("attn.c_proj", transposed=True)}
         | {"in": Place("mlp.c_fc", transposed=True), "out": Place("mlp.c_proj", transposed=True)},
         kv_heads=4,
         positions="learned",
+        hooked=True,
     ),
     "Bloom": Family(
         made(

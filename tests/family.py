@@ -40,6 +40,9 @@ class Family:
         frequencies: radians a position in each layer, where they do not follow from the base.
         not_rotated: layers with attention and no rotation.
         dtype, hooked_dtype: of the model and its oracle; HookedTransformer's experts need float32.
+        hooked_without: matrices that the model has and HookedTransformer does not show.
+        hooked_refused: part of the message with which HookedTransformer's form is refused, where it is not a
+            usual one.
         refused: part of the message with which the whole model is refused.
         bridge_since: the first version of TransformerLens whose bridge computes what `transformers` does;
             before, the model is refused.
@@ -57,6 +60,8 @@ class Family:
     pairing: str = "half"
     frequencies: tuple[list[float], list[float]] | None = None
     not_rotated: tuple[int, ...] = ()
+    hooked_without: tuple[str, ...] = ()
+    hooked_refused: str | None = None
     refused: str | None = None
     bridge_since: int = 3
     dtype: torch.dtype = torch.float64

@@ -149,12 +149,12 @@ def test_without_rotation_there_are_no_parts_by_frequency() -> None:
     notes = frame.drop_duplicates("component").set_index("component").note
     assert (notes[["dominant", "slow", "fast"]] == "no layer has a rotation").all()
     assert (notes[["whole", "Q", "K"]] == "").all()
-    assert set(frame.measure) == {"sinks_shifted", "attention"}
+    assert set(frame.measure) == {"sinks_shifted", "sink_rate", "attention"}
     blind = tt.component_effects(model, some_samples(), edit, **{**OPTIONS, "eps": 0.99})
-    assert blind.frame.empty
+    assert set(blind.frame.measure) == {"sink_rate"}
+    assert (blind.frame.query("entries > 0").value == 0).all()  # no sink, before or after
     assert "note" in blind.frame
-    with pytest.raises(tt.TomsparseError, match="No measure was taken"):
-        tt.plot.component_effects(blind)
+    assert tt.plot.component_effects(blind).layout.annotations[0].text == "share of sinks"
 
 
 def test_own_components_and_refusals() -> None:

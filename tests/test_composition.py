@@ -156,6 +156,13 @@ def test_your_hooks_on_the_points_of_the_edit(backend: Backend) -> None:
         torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
     with model.hooks(fwd_hooks=[*edit.hooks(model), *yours]):
         torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+    # Yours first: 2 x W + x dW, which is what doubling leaves of half the change.
+    qkv = edit.restrict(edit.mask.restrict(matrices=("Q", "K", "V")))
+    with model.hooks(fwd_hooks=[*qkv.hooks(model, strength=0.5), *yours]):
+        halved = logits(model)
+    with model.hooks(fwd_hooks=[*yours, *qkv.hooks(model)]):
+        torch.testing.assert_close(logits(model), halved, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(halved, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_hugging_face_model_inside_a_bridge_is_edited_too() -> None:

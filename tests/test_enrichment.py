@@ -46,6 +46,10 @@ def test_counts_are_those_by_hand(name: str, adjacent: bool, turned: int) -> Non
                 assert row.entries == entries
                 assert row.share == pytest.approx(entries / sum(expected.values()))
                 assert row.random_low <= row.random_mean <= row.random_high
+                assert row.enrichment == pytest.approx(entries / row.random_mean)
+                assert row.enrichment_low == pytest.approx(entries / row.random_high)
+                high = entries / row.random_low if row.random_low else np.nan
+                assert row.enrichment_high == pytest.approx(high, nan_ok=True)
             else:
                 assert (m, entries) == (-1, 0)
 

@@ -1,7 +1,8 @@
-"""Fisher, masks and edits on models of unusual shapes, against equations written out in float64."""
+"""Fisher, masks, edits and position on models of unusual shapes, against equations written out in float64."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 from tl_tomsparse._model import view
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.models import load_model
+from tl_tomsparse.position import position_effects
 from tl_tomsparse.ranking import top_fraction
 from tl_tomsparse.samples import Samples
 from tl_tomsparse.sensitivity import fisher_diagonal
@@ -133,3 +135,21 @@ def test_fisher_mask_and_edit_are_those_of_the_equations(shape: str, backend: An
             wanted = oracle.logits(tokens, weights)
             torch.testing.assert_close(logits[n, : len(tokens)].double(), wanted, rtol=0, atol=1e-4)
         assert largest_error(changed, expected) < 5e-5
+
+
+@pytest.mark.parametrize(("shape", "backend"), CASES)
+def test_position_is_that_of_single_rows(shape: str, backend: Any, tmp_path: Path) -> None:
+    model, batch = load_model(build(tmp_path, shape), backend=backend, device="cpu"), samples(rows())
+    mask = top_fraction(fisher_diagonal(model, batch, show_progress=False), 0.05)
+    edits = {"mask": SparseEdit.mean(model, mask)}
+    effects = position_effects(model, batch, edits, n_random=1, n_draws=50, show_progress=False)
+    for found, edit in ((effects.before, None), (effects.after["mask"], edits["mask"])):
+        for n, real in enumerate(batch.attention_mask):
+            tokens = batch.tokens[n : n + 1, : int(real.sum())]
+            with torch.no_grad(), nullcontext() if edit is None else edit.applied(model):
+                _, cache = model.run_with_cache(tokens)
+            for layer, values in found.attention.attention.items():
+                pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, :, 0].mean(-1)
+                torch.testing.assert_close(values[n].double(), pattern.double(), rtol=0, atol=1e-5)
+    assert len(effects.before.attention.attention) == view(model).n_layers
+    assert set(zip(effects.heads.layer, effects.heads["head"])) == set(view(model).heads)

@@ -27,7 +27,7 @@ from tl_tomsparse.sensitivity import Sensitivity
 TENSORS = ("mask", "mask_general_only", "mask_tom_only", "sensitivity_tom", "sensitivity_general")
 FRAMES = ("sweep", "accuracy", "random", "perplexity", "differences", "answers", "choice", "mask_entries")
 POSITION = ("heads", "sinks", "by_frequency", "shares", "ranks")  # of the summary's neighbours, those in JSON
-FRAMES += ("position", *(f"position_{name}" for name in (*POSITION, "frequencies", "degrees")))
+FRAMES += ("position", *(f"position_{name}" for name in (*POSITION, "frequencies", "cosines", "degrees")))
 STARTS = ("command", "versions", "device", "earlier_starts")
 
 
@@ -97,7 +97,7 @@ def test_parquet_and_json_agree(finished):
     tables |= {name: found[name] for name in ("answers", "mask_entries")}
     tables |= {f"position_{name}": found["position"][name] for name in POSITION}
     tables["position"] = found["position"]["summary"]
-    assert {*tables, "position_frequencies", "position_degrees"} == set(FRAMES)
+    assert {*tables, "position_frequencies", "position_cosines", "position_degrees"} == set(FRAMES)
     for name, rows in tables.items():
         frame = pd.read_parquet(folder / f"{name}.parquet")
         assert len(frame) == len(rows) > 0

@@ -73,8 +73,11 @@ def test_layers_with_fewer_frequencies_leave_cells_empty():
     }
     values = {(layer, part): torch.ones(3, n) for layer, n in ((0, 2), (1, 4)) for part in "qk"}
     norms = FrequencyNorms(RotaryLayout(layers, 8, {}), values, values, values, {}, {}, {}, 1, True)
-    z = cells(plot.frequency_norms(norms))
+    figure = plot.frequency_norms(norms)
+    z, waves = cells(figure), np.asarray(figure.data[0].customdata, dtype=np.float64)
     assert np.isnan(z[:3, 2:]).all()
+    np.testing.assert_allclose(waves[~np.isnan(z)], 2 * np.pi, rtol=1e-6)  # of one radian a token
+    assert "a turn in %{customdata:.4g} tokens" in figure.data[0].hovertemplate
     assert not np.isnan(z[3:]).any()
 
 
@@ -90,6 +93,8 @@ def test_masks_by_frequency(model):
             np.asarray(band.base, dtype=float) + np.asarray(band.y), part.random_high.to_numpy()
         )
         assert [name.split(",")[0] for name in bars.x] == list(map(str, part.frequency))
+    rows = tt.mask_by_frequency(model, a_mask(model), match="row", n_random=20)
+    assert plot.mask_by_frequency(pd.concat([frame, rows])).to_json() == figure.to_json()
     half = load_model(families.directory("Phi"), device="cpu")
     labels = plot.mask_by_frequency(tt.mask_by_frequency(half, a_mask(half), n_random=5)).data[0].x
     assert [label.split(",")[0] for label in labels] == ["0", "1", "not rotated"]
@@ -166,12 +171,12 @@ def test_maps_of_a_large_model_are_small():
         return {layer: top * torch.rand(3, 32).double() for layer in range(32)}
 
     sinks = [tt.SinkAttention(values(0.6), 0, True, ("a", "b", "c")) for _ in range(2)]
-    angles = [tt.BosAngles(values(170), {}, {}, {}, {}, 0, True, True, ("a", "b", "c")) for _ in range(2)]
+    angles = [tt.BosAngles(values(170), *[{}] * 5, 0, True, True, ("a", "b", "c")) for _ in range(2)]
     for figure in (plot.sinks(sinks[0], after=sinks[1]), plot.bos_angles(angles[0], after=angles[1])):
         assert size(figure) < 0.2
         assert figure.layout.height < 900
     rows = {"frequency": range(64), "entries": 5, "random_low": 2.0, "random_high": 9.0, "random_mean": 5.0}
-    rows |= {"enrichment": 1.0, "p": 0.5, "wavelength": 2.0 ** np.arange(64)}
+    rows |= {"match": "matrix", "enrichment": 1.0, "p": 0.5, "wavelength": 2.0 ** np.arange(64)}
     frame = pd.concat([pd.DataFrame({"matrix": matrix, **rows}) for matrix in "QK"])
     assert size(plot.mask_by_frequency(frame)) < 0.2
 
@@ -195,6 +200,18 @@ def test_histograms_of_angles(model, edit):
         assert list(band.y) == [*of.random_high[degrees], *of.random_low[degrees][::-1]]
     with pytest.raises(tt.TomsparseError, match=r"several edits \(mask, same\)"):
         plot.angle_histogram(found.degrees)
+
+
+def test_a_histogram_of_the_angles_of_one_model(model):
+    angles = tt.bos_angles(model, some_samples(), **QUIET)
+    figure = plot.angle_histogram(angles)
+    (line,) = figure.data
+    counts = sum(count.sum(0) for count in angles.degrees.values()).numpy()
+    shown = np.zeros(180)
+    shown[(np.asarray(line.x) - 0.5).astype(int)] = line.y
+    np.testing.assert_allclose(shown, counts / counts.sum())
+    assert sum(line.y) == pytest.approx(1)
+    assert [note.text for note in figure.layout.annotations] == ["all heads"]
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import families
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
+from scipy.stats import t as student
 from test_edit import a_mask
 from test_rotary import some_samples
 
@@ -31,7 +34,7 @@ def test_an_edit_that_changes_nothing_has_no_effect(backend: Any) -> None:
     same = tt.SparseEdit.scale(model, a_mask(model), 1.0)
     found = tt.position_effects(model, some_samples(), {"same": same}, **OPTIONS)
     assert set(found.summary.measure) == {
-        "sinks_shifted", "attention", "turn", "turn_others", "norm_q", "norm_k",
+        "sinks_shifted", "sink_rate", "attention", "turn", "turn_others", "norm_q", "norm_k",
     }  # fmt: skip
     numbers = ["value", "low", "high", "random", "random_low", "random_high", "beyond"]
     assert (found.summary[numbers].to_numpy() == 0).all()
@@ -122,7 +125,11 @@ def test_effects_are_those_of_single_measures_made_one_by_one(backend: Any) -> N
             "turn": float(np.mean(turns)),
             "norm_q": float(np.mean(norms)),
             "sinks_shifted": float(np.mean(each)),
+            "sink_rate": float(np.mean(above(new)) - np.mean(above(old))),
         }
+
+    def above(of: tuple[Any, Any, Any]) -> list[bool]:
+        return [float(a) > 0.2 for values in of[0].attention.values() for a in values.flatten()]
 
     own = by_hand(measured(edit))
     random = [
@@ -141,13 +148,112 @@ def test_effects_are_those_of_single_measures_made_one_by_one(backend: Any) -> N
         assert of.beyond[name] == pytest.approx(value - np.mean(drawn), abs=1e-9), name
 
 
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_frames_have_intervals_logits_and_angles_before_the_rotation(backend: Any) -> None:
+    model, samples = tiny.model("llama", backend, dtype=torch.float64), some_samples()
+    edit = tt.SparseEdit.zero(model, a_mask(model, share=0.05))
+    found = tt.position_effects(model, samples, {"zero": edit}, unrotated=True, **OPTIONS)
+    heads = found.heads.set_index(["measure", "layer", "head"]).sort_index()
+    for state, block in (("before", nullcontext()), ("after", edit.applied(model))):
+        with block:
+            norms = tt.frequency_norms(model, samples, show_progress=False).to_frame()
+            for rotated, name in ((True, ""), (False, "_unrotated")):
+                angles = tt.bos_angles(model, samples, rotated=rotated, show_progress=False)
+                for which, values in (("angle", angles.to_sink), ("angle_others", angles.to_others)):
+                    for layer, value in values.items():
+                        wanted = value.nanmean(0).tolist()
+                        assert heads.loc[(f"{which}{name}", layer)][state].tolist() == pytest.approx(wanted)
+        for column, of in (
+            (state, "rms"), (f"{state}_low", "low"), (f"{state}_high", "high"),
+            (f"logit_{state}", "logit"), (f"logit_first_{state}", "logit_first"),
+        ):  # fmt: skip
+            np.testing.assert_allclose(found.frequencies[column], norms[of], rtol=1e-6, atol=1e-9)
+    for match, frame in found.by_frequency.groupby("match"):
+        one = tt.mask_by_frequency(model, edit.mask, match=match, seed=0)
+        pd.testing.assert_frame_equal(frame.drop(columns="edit").reset_index(drop=True), one)
+    assert set(found.by_frequency["match"]) == {"matrix", "row"}
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_cosines_by_frequency_are_those_of_angles_with_intervals_over_groups(backend: Any) -> None:
+    model = tiny.model("llama", backend, dtype=torch.float64)
+    samples = some_samples(tuple(9 + n % 5 for n in range(23)))  # groups of one sample and of two
+    mask = a_mask(model, share=0.05)
+    edit = tt.SparseEdit.zero(model, mask)
+    found = tt.position_effects(model, samples, {"zero": edit}, position=1, seed=4, **OPTIONS)
+    frame = found.cosines.set_index(["layer", "head", "frequency"])
+    layout = tt.RotaryLayout.of(model)
+    random = []
+    for seed in (4, 5, 6):
+        with tt.SparseEdit.zero(model, mask.random_like(seed, match="matrix")).applied(model):
+            random.append(tt.bos_angles(model, samples, position=1, show_progress=False).cosine)
+    for state, block in (("before", nullcontext()), ("after", edit.applied(model))):
+        with block:
+            alone = [
+                tt.bos_angles(model, samples[torch.tensor([n])], position=1, show_progress=False).cosine
+                for n in range(23)
+            ]
+        for (layer, head, m), row in frame.iterrows():
+            each = [float(one[layer][head, m]) for one in alone]
+            groups = [np.mean(each[n::20]) for n in range(20)]
+            reach = student.ppf(0.975, 19) * np.std(groups, ddof=1) / 20**0.5
+            expected = (np.mean(each), np.mean(each) - reach, np.mean(each) + reach)
+            own = (row[state], row[f"{state}_low"], row[f"{state}_high"])
+            assert own == pytest.approx(expected, abs=1e-6)
+            drawn = [float(one[layer][head, m]) for one in random]
+            assert (row.random, row.random_low, row.random_high) == pytest.approx(
+                (np.mean(drawn), min(drawn), max(drawn)), abs=1e-9
+            )
+            assert row.radians == pytest.approx(float(layout[layer].frequencies[m]))
+            assert row.wavelength == pytest.approx(2 * np.pi / row.radians)
+    assert len(frame) == 2 * 4 * 4
+    # All dimensions are turned here, so a head's cosines sum to the cosine of one query's angle.
+    two = some_samples((3,))
+    angles = tt.bos_angles(model, two, position=1, show_progress=False)
+    for layer, value in angles.cosine.items():
+        expected_sum = angles.to_sink[layer][0].deg2rad().cos()
+        torch.testing.assert_close(value.sum(1), expected_sum, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_effects_at_a_token_of_each_row_are_those_of_single_measures(backend: Any) -> None:
+    model, samples = tiny.model("llama", backend, dtype=torch.float64), some_samples()
+    at = torch.tensor([4, 0, 7])
+    edit = tt.SparseEdit.zero(model, a_mask(model, share=0.05))
+    found = tt.position_effects(model, samples, {"zero": edit}, position=at, **OPTIONS)
+    assert found.meta["position"] == (4, 0, 7)
+    options: dict[str, Any] = {"position": at, "show_progress": False}
+    old = tt.sink_attention(model, samples, **options), tt.bos_angles(model, samples, **options)
+    with edit.applied(model):
+        new = tt.sink_attention(model, samples, **options), tt.bos_angles(model, samples, **options)
+    heads = found.heads.set_index(["measure", "layer", "head"]).sort_index()
+    for layer in range(2):
+        change = (new[0].attention[layer] - old[0].attention[layer]).mean(0)
+        assert heads.loc[("attention", layer)].change.tolist() == pytest.approx(change.tolist())
+        turn = (new[1].to_sink[layer] - old[1].to_sink[layer]).mean(0)
+        assert heads.loc[("angle", layer)].change.tolist() == pytest.approx(turn.tolist())
+    shift = tt.sink_shift(old[0], new[0], eps=OPTIONS["eps"])
+    assert found.sinks.shifted.tolist() == pytest.approx(shift.shifted.tolist(), nan_ok=True)
+    # Positions are those of rows, whatever the order of the rows.
+    turned = tt.position_effects(
+        model, samples[torch.tensor([2, 0, 1])], {"zero": edit}, position=at[[2, 0, 1]], **OPTIONS
+    )
+    assert turned.heads.change.tolist() == pytest.approx(found.heads.change.tolist(), abs=1e-9)
+    parts = tt.component_effects(model, samples, edit, position=at, **OPTIONS)
+    assert parts.meta["position"] == (4, 0, 7)
+    own = parts.frame[parts.frame.component == "whole"].set_index("measure")
+    summary = found.summary.set_index("measure")
+    for measure in summary.index:
+        assert own.value[measure] == pytest.approx(summary.value[measure], abs=1e-9)
+
+
 def test_without_rotation_only_sinks_are_measured() -> None:
     model = load_model(families.directory("GPT-2"), device="cpu")
     edit = tt.SparseEdit.zero(model, a_mask(model, share=0.05))
     found = tt.position_effects(model, some_samples(), {"zero": edit}, **{**OPTIONS, "eps": 0.05})
-    assert set(found.summary.measure) == {"sinks_shifted", "attention"}
+    assert set(found.summary.measure) == {"sinks_shifted", "sink_rate", "attention"}
     assert set(found.heads.measure) == {"attention"}
-    for frame in (found.frequencies, found.by_frequency, found.shares, found.degrees):
+    for frame in (found.frequencies, found.cosines, found.by_frequency, found.shares, found.degrees):
         assert frame.empty
     assert set(found.ranks.matrix) == {"Q", "K"}  # which need no rotation
     assert found.meta["no_rotation"] == "it has no rotary frequencies"

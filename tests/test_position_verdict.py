@@ -189,7 +189,8 @@ def planted(**changes: dict[str, float]) -> tt.PositionEffects:
     }
     meta |= {"n_samples": 40, "n_random": 20}
     nothing: Any = None
-    frames = {name: pd.DataFrame() for name in ("heads", "frequencies", "sinks", "degrees", "by_frequency")}
+    names = ("heads", "frequencies", "cosines", "sinks", "degrees", "by_frequency")
+    frames = {name: pd.DataFrame() for name in names}
     return tt.PositionEffects(
         nothing, {}, pd.DataFrame(summary), shares=pd.DataFrame(shares), ranks=pd.DataFrame(ranks), **frames,
         sink_heads=((0, 0),), n_weights={"mask": 30}, meta=meta,

@@ -136,6 +136,40 @@ SPIED = ["Llama", "Llama, yarn", "Qwen3", "Gemma 3", "Phi", "Phi-3", "GPT-NeoX (
 SPIED += ["Phi-3, LongRoPE", "NanoChat"]
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"), [case for case in ROTARY if case[0] in (*HIDDEN, "Llama", "GPT-NeoX (Pythia)")]
+)
+def test_norms_by_frequency_are_those_before_the_rotation(name: str, backend: Any) -> None:
+    """A rotation changes no norm, so those of what the projections give are the same."""
+    model, samples = load(name, backend), some_samples()
+    found, layout = tt.frequency_norms(model, samples, show_progress=False), tt.RotaryLayout.of(model)
+    squares: dict[tuple[int, str], list[Tensor]] = {}
+    for n, mask in enumerate(samples.attention_mask):
+        with torch.no_grad():
+            _, cache = model.run_with_cache(samples.tokens[n : n + 1, : int(mask.sum())])
+        for layer, rotation in layout.items():
+            for part in "qk":
+                value = cache[f"blocks.{layer}.attn.hook_{part}"][0].double()
+                value = value.unflatten(-1, (-1, D_HEAD)) if value.ndim == 2 else value
+                square = value[..., rotation.pairs].square().sum(-1)
+                squares.setdefault((layer, part), []).append(square)
+    for key, every in squares.items():
+        expected = torch.cat(every).mean(0).sqrt()
+        torch.testing.assert_close(found.rms[key], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_kept_does_not_grow_with_samples() -> None:
+    model = tiny.model("llama")
+    sizes = []
+    for n in (25, 100):
+        found = tt.frequency_norms(model, some_samples((9,) * n), show_progress=False)
+        tensors = [*found.rms.values(), *found.mean.values(), *found.largest.values(), *found.logit.values()]
+        tensors += [*found.logit_first.values(), *found.squares.values()]
+        sizes.append(sum(tensor.numel() for tensor in tensors))
+        assert all(len(groups) == 20 for groups in found.squares.values())
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize(("name", "backend"), [case for case in ROTARY if case[0] not in HIDDEN])
 def test_norms_and_logits_are_those_of_loops_over_positions(name: str, backend: Any) -> None:
     samples = some_samples()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -51,10 +53,27 @@ def test_every_family_is_fully_supported(name: str, backend: Any, dtype: torch.d
 
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Mamba"])
 def test_a_model_that_cannot_be_examined_gets_a_report_too(name: str) -> None:
-    report = tt.self_check(tt.load_model(families.directory(name), device="cpu"))
+    with pytest.warns(UserWarning, match=f"(?s)cannot work on it: .*{re.escape(FAMILIES[name].refused)}"):
+        model = tt.load_model(families.directory(name), device="cpu")
+    report = tt.self_check(model)
     assert not report.ok
     assert FAMILIES[name].refused in str(report)
     assert not tt.self_check(torch.nn.Linear(2, 2)).ok
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_loading_says_what_the_cheap_check_finds(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot work on it")
+        model = tt.load_model(tiny.directory("llama"), backend=backend, device="cpu")
+    before = raw_bytes(model)
+    report = tt.self_check(model, cheap=True)
+    assert [check.name for check in report.checks] == ["matrices", "weights", "edit"]
+    assert report.ok
+    assert raw_bytes(model) == before
+    monkeypatch.setattr(module, "_edit", lambda *_: ("no", "an edit does not change the logits"))
+    with pytest.warns(UserWarning, match="(?s)cannot work on it: .*an edit does not change the logits"):
+        tt.load_model(tiny.directory("llama"), backend=backend, device="cpu")
 
 
 def test_frozen_parameters_are_no_obstacle_and_stay_frozen() -> None:

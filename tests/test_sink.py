@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from family import common, made, rope
+from scipy.stats import bootstrap
 from test_edit import a_mask
 from test_rotary import SPIED, queries_and_keys, some_samples
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import tl_tomsparse as tt
 from tl_tomsparse import sink
@@ -25,6 +28,9 @@ CASES = [(name, backend) for name in SPIED for backend in tiny.BACKENDS]
 CASES = [(n, b) for n, b in CASES if b == "bridge" or families.FAMILIES[n].hooked]
 if "hooked" in tiny.BACKENDS:
     CASES = [case for case in CASES if case != ("Cohere", "bridge")]  # refused on TransformerLens 3.9
+
+
+NORMED = ("Llama", "Qwen3", "Gemma 3", "Phi", "GLM-4")
 
 
 def degrees(a: Tensor, b: Tensor) -> float:
@@ -63,24 +69,69 @@ def test_angles_are_those_of_loops_over_positions(name: str, backend: Any, posit
             every = [angle for (of, _), angles in by_position.items() if of == head for angle in angles]
             counts, _ = np.histogram(every, bins=180, range=(0, 180))
             assert found.degrees[layer][head].tolist() == counts.tolist()
-    # What frequencies add, with the dimensions that are not rotated, is the cosine.
-    if (
-        families.FAMILIES[name].positions == "rotary"
-        and tt.RotaryLayout.of(model)[0].rotary_dim == families.D_HEAD
-    ):
-        for layer, rows in queries_and_keys(name, samples).items():
-            heads = rows[0][0].shape[1]
-            for head in range(heads):
-                means = []
-                for q, k in rows:
-                    key = k[position, head // (heads // k.shape[1])]
-                    each = [
-                        float(q[at, head] @ key / q[at, head].norm() / key.norm())
-                        for at in range(position + 1, len(q))
+    # What each frequency adds to the cosine.
+    layout = tt.RotaryLayout.of(model)
+    for layer, rows in queries_and_keys(name, samples).items():
+        if layer not in layout:
+            continue
+        heads, pairs = rows[0][0].shape[1], layout[layer].pairs.tolist()
+        for head in range(heads):
+            means = []
+            for q, k in rows:
+                key = k[position, head // (heads // k.shape[1])]
+                each = [
+                    [
+                        float(one[i] * key[i] + one[j] * key[j]) / float(one.norm() * key.norm())
+                        for i, j in pairs
                     ]
-                    means.append(sum(each) / len(each))
-                total = float(found.cosine[layer][head].sum())
-                assert total == pytest.approx(sum(means) / len(means), abs=1e-6)
+                    for one in q[position + 1 :, head]
+                ]
+                means.append(np.mean(each, 0))
+            np.testing.assert_allclose(found.cosine[layer][head], np.mean(means, 0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), [case for case in CASES if case[0] in NORMED])
+def test_before_the_rotation_angles_are_those_of_what_is_turned_back(name: str, backend: Any) -> None:
+    """Also where a norm comes before the rotation, where part of a head is turned, and in adjacent pairs."""
+    samples = some_samples()
+    model = load_model(families.directory(name), backend=backend, device="cpu", dtype=torch.float64)
+    layout = tt.RotaryLayout.of(model)
+    found = tt.bos_angles(model, samples, rotated=False, show_progress=False)
+    for layer, rows in queries_and_keys(name, samples).items():
+        for n, (q, k) in enumerate(rows):
+            q, k = (turned_back(x, layout[layer]) for x in (q, k))
+            for head in range(q.shape[1]):
+                key = k[0, head // (q.shape[1] // k.shape[1])]
+                each = [degrees(one, key) for one in q[1:, head]]
+                found_here = float(found.to_sink[layer][n, head])
+                assert found_here == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+def turned_back(x: Tensor, rotation: Any) -> Tensor:
+    """Rotated queries or keys `[pos, heads, d_head]` without their rotation, number by number."""
+    back = x.clone()
+    for at in range(len(x)):
+        for (i, j), theta in zip(rotation.pairs.tolist(), rotation.frequencies.tolist()):
+            cosine, sine = math.cos(-at * theta), math.sin(-at * theta)
+            back[at, :, i] = cosine * x[at, :, i] - sine * x[at, :, j]
+            back[at, :, j] = sine * x[at, :, i] + cosine * x[at, :, j]
+    return back
+
+
+def test_hardly_any_rotation_leaves_angles_as_they_are(tmp_path: Any) -> None:
+    """Positions divided by a thousand million: no query is turned, however far away."""
+    config = made("Llama", **common(), **rope("linear", factor=1e9))()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.build_tokenizer().save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype=torch.float64)
+    layout = tt.RotaryLayout.of(model)
+    assert layout[0].wavelengths.tolist() == pytest.approx([2e9 * math.pi * 10**m for m in range(4)])
+    found = [
+        tt.bos_angles(model, some_samples(), rotated=which, show_progress=False) for which in (True, False)
+    ]
+    for layer in (0, 1):
+        torch.testing.assert_close(found[0].to_sink[layer], found[1].to_sink[layer], rtol=0, atol=1e-6)
+        assert found[0].to_sink[layer].std() > 0.1
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -138,6 +189,125 @@ def test_attention_to_a_token_is_that_of_single_rows(name: str, position: int) -
                 each = [float(pattern[head, at, position]) for at in range(position, length)]
                 assert float(values[n, head]) == pytest.approx(sum(each) / len(each), abs=1e-6)
     assert len(found.attention) == 2
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-J"])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("batch_tokens", [None, 20])
+def test_a_token_of_each_row_is_measured_as_in_that_row_alone(
+    name: str, rotated: bool, batch_tokens: int | None, monkeypatch: Any
+) -> None:
+    samples, at = some_samples((13, 9, 17, 11)), torch.tensor([11, 0, 3, 3], dtype=torch.int32)
+    model = load_model(families.directory(name), device="cpu", dtype=torch.float64)
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "show_progress": False}
+    monkeypatch.setattr(sink, "_CELLS_ON_CPU", 500)  # a few queries at a time
+    found = tt.bos_angles(model, samples, position=at, rotated=rotated, **options)
+    attention = tt.sink_attention(model, samples, position=at, **options)
+    assert found.position == attention.position == (11, 0, 3, 3)
+    assert "the chosen token of each row" in repr(found)
+    assert "the chosen token of each row" in repr(attention)
+    alone = [samples[torch.tensor([n])] for n in range(4)]
+    each = [
+        tt.bos_angles(model, row, position=int(token), rotated=rotated, show_progress=False)
+        for row, token in zip(alone, at)
+    ]
+    looks = [
+        tt.sink_attention(model, row, position=int(token), show_progress=False)
+        for row, token in zip(alone, at)
+    ]
+    for layer in found.to_sink:
+        for n, (row, look) in enumerate(zip(each, looks)):
+            for which in ("to_sink", "to_others"):
+                own, expected = getattr(found, which)[layer][n], getattr(row, which)[layer][0]
+                torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                attention.attention[layer][n], look.attention[layer][0], rtol=0, atol=1e-6
+            )
+            torch.testing.assert_close(found.cosine_groups[layer][n], row.cosine[layer], rtol=0, atol=1e-6)
+        assert torch.equal(found.degrees[layer], sum(row.degrees[layer] for row in each))
+        means = sum(row.cosine[layer] for row in each) / 4
+        torch.testing.assert_close(found.cosine[layer], means, rtol=0, atol=1e-6)
+        for place in range(17):
+            there = [
+                row.by_position[layer][:, place]
+                for row, token, length in zip(each, at.tolist(), (13, 9, 17, 11))
+                if token < place < length
+            ]
+            own = found.by_position[layer][:, place]
+            if there:
+                torch.testing.assert_close(own, torch.stack(there).mean(0), rtol=0, atol=1e-5)
+            else:
+                assert own.isnan().all()
+
+
+def test_a_tensor_of_one_position_is_that_position() -> None:
+    model, samples = tiny.model(), some_samples()
+    options = {"show_progress": False}
+    same = torch.full((3,), 2)
+    first, second = (tt.sink_attention(model, samples, position=p, **options) for p in (2, same))
+    assert first.position == second.position == 2
+    assert tt.sink_shift(first, second, eps=0.0).shifted.eq(0).all()
+    apart = tt.sink_attention(model, samples, position=torch.tensor([2, 1, 2]), **options)
+    with pytest.raises(tt.TomsparseError, match=r"position=2 and position=\(2, 1, 2\)"):
+        tt.sink_shift(first, apart)
+
+
+@pytest.mark.parametrize(
+    ("position", "said"),
+    [
+        (torch.tensor([0, 1]), r"shape \(2,\) and there are 3 rows"),
+        (torch.tensor(1), r"shape \(\) and there are 3 rows"),
+        (torch.tensor([[0], [1], [1]]), r"shape \(3, 1\) and there are 3 rows"),
+        (torch.tensor([0.0, 1.0, 2.0]), "dtype torch.float32; positions are integers"),
+        (torch.tensor([True, False, True]), "dtype torch.bool; positions are integers"),
+        (torch.tensor([0, -1, 2]), r"position\[1\]=-1 must be at least 0 .* sample '1' has 9 tokens"),
+        (torch.tensor([0, 3, 10]), r"position\[2\]=10 .* before the last token .* '2' has 11 tokens"),
+        (torch.tensor([0, 10, 2]), r"position\[1\]=10 .* '1' has 9 tokens \(padding is none\)"),
+        ([0, 1, 2], "position is a list; pass one int for all rows, or an integer tensor"),
+    ],
+)
+def test_bad_positions_of_rows_are_refused(position: Any, said: str) -> None:
+    model, samples = tiny.model(), some_samples()
+    edit = tt.SparseEdit.mean(model, a_mask(model))
+    for measure in (
+        tt.bos_angles,
+        tt.sink_attention,
+        lambda *args, **options: tt.position_effects(*args, {"mask": edit}, **options),
+        lambda *args, **options: tt.component_effects(*args, edit, **options),
+    ):
+        with pytest.raises(tt.TomsparseError, match=said):
+            measure(model, samples, position=position)
+
+
+def test_the_interval_of_the_rate_is_that_of_prompts_drawn_again() -> None:
+    generator = torch.Generator().manual_seed(3)
+    n = 12
+    tendency = torch.rand(n, 1, generator=generator)  # prompts differ, so their heads go together
+    values = {
+        layer: (tendency * torch.rand(n, 4, generator=generator)).double().clamp(0, 0.999)
+        for layer in range(3)
+    }
+    sinks = tt.SinkAttention(values, 0, True, tuple(map(str, range(n))))
+    low, high = sinks.rate_interval(0.2, seed=7)
+    each = [np.mean([float(a) > 0.2 for layer in range(3) for a in values[layer][row]]) for row in range(n)]
+    assert sinks.rate(0.2) == pytest.approx(np.mean(each))
+    counts = np.random.default_rng(7).multinomial(n, [1 / n] * n, 2000)
+    drawn = [sum(k * one for k, one in zip(row, each)) / n for row in counts]
+    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    theirs = bootstrap(
+        (each,), np.mean, n_resamples=20_000, method="percentile", random_state=0
+    ).confidence_interval
+    assert low == pytest.approx(theirs.low, abs=0.02)
+    assert high == pytest.approx(theirs.high, abs=0.02)
+    assert sinks.rate_interval(0.2, seed=7) == (low, high) != sinks.rate_interval(0.2, seed=8)
+    frame = sinks.to_frame(eps=0.2, seed=7).set_index(["layer", "head"])
+    for (layer, head), row in frame.iterrows():
+        above = [float(float(a) > 0.2) for a in values[layer][:, head]]
+        drawn = [sum(k * one for k, one in zip(times, above)) / n for times in counts]
+        assert row.rate == pytest.approx(np.mean(above))
+        assert (row.rate_low, row.rate_high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    with pytest.raises(tt.TomsparseError, match=r"lies in \[0, 1\)"):
+        sinks.rate_interval(1.0)
 
 
 def test_rates_and_shifts_are_counted() -> None:

@@ -7,7 +7,8 @@
 The questions of one story share its text, and twins share their plot, so a cluster, the unit that is drawn
 again, is a group of stories (paired, clustered).
 A change measured on an average over random masks also depends on which masks were drawn, so those are drawn
-again as well (crossed). Percentile intervals; p-values are two-sided and come from the same draws, so that
+again as well (crossed). What is summed while samples pass is kept by groups of them, whose means have a
+Student's t interval. Percentile intervals; p-values are two-sided and come from the same draws, so that
 p <= 1 - confidence is the same as an interval without the null value.
 
 NOT claimed: that the binomial intervals cover clustering. They treat questions as independent and are too
@@ -199,6 +200,25 @@ def mean_intervals(
     if known.any():
         low[known], high[known] = np.nanquantile(draws[:, known], [tail, 1 - tail], axis=0)
     return mean, low, high
+
+
+def group_reach(groups: Floats, confidence: float = CONFIDENCE) -> Floats:
+    """How far the interval of a mean over groups of samples reaches to both sides: Student's t over the
+    groups' own means.
+
+    Args:
+        groups: `[groups, ...]`, the mean of each.
+        confidence: of the interval.
+
+    Returns:
+        `[...]`; nan with one group.
+    """
+    from scipy.stats import t as student
+
+    n = len(groups)
+    if n < 2:
+        return np.full(groups.shape[1:], np.nan)
+    return np.asarray(student.ppf((1 + confidence) / 2, n - 1) * groups.std(0, ddof=1) * n**-0.5)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -290,6 +290,11 @@ class ModelView(ModelFacts):
         def capture(x: Tensor, hook: Any, *, name: str, group: tuple[Key, ...]) -> None:
             del hook  # the bridge passes another name of the same point
             x = self._sites.as_input(name, x)
+            if copied := self._sites.copied_by(name):
+                raise TomsparseError(
+                    f"{self.name} copies {name} before its product, and hooks may change the copy; turn off "
+                    f"{', '.join(copied)}."
+                )
             if x.ndim != (4 if group[0][1] == "O" else 3):
                 raise TomsparseError(
                     f"{name} has shape {tuple(x.shape)}; turn off use_split_qkv_input, use_attn_in and "

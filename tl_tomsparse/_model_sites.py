@@ -22,12 +22,12 @@ from tl_tomsparse._model_weights import Key
 if TYPE_CHECKING:
     from tl_tomsparse._model import ModelView
 
-# Names on the bridge first, then on HookedTransformer.
+# Names on the bridge first, then on HookedTransformer; the residual stream is where no norm comes first.
 _INPUTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys("QKV", ("attn.hook_in", "ln1.hook_normalized")),
+    **dict.fromkeys("QKV", ("attn.hook_in", "ln1.hook_normalized", "hook_resid_pre")),
     "O": ("attn.o.hook_in", "attn.hook_z"),
-    "gate": ("mlp.hook_in", "mlp.gate.hook_in", "ln2.hook_normalized"),
-    "in": ("mlp.hook_in", "mlp.in.hook_in", "ln2.hook_normalized"),
+    "gate": ("mlp.hook_in", "mlp.gate.hook_in", "ln2.hook_normalized", "hook_resid_mid"),
+    "in": ("mlp.hook_in", "mlp.in.hook_in", "ln2.hook_normalized", "hook_resid_mid"),
     "out": ("mlp.out.hook_in", "mlp.hook_post"),
 }
 _OUTPUTS: dict[str, tuple[str, ...]] = {
@@ -38,6 +38,11 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "gate": ("mlp.gate.hook_out", "mlp.hook_pre"),
     "in": ("mlp.in.hook_out", "mlp.hook_pre_linear", "mlp.hook_pre"),
     "out": ("mlp.out.hook_out", "mlp.hook_out", "hook_mlp_out"),
+}
+_NORMS = {"O": ("ln1_post", "ln1"), "out": ("ln2_post", "ln2")}  # what may follow a product
+_COPIES = {  # settings of HookedTransformer with which users change a copy of the residual stream
+    "hook_resid_pre": ("use_attn_in", "use_split_qkv_input"),
+    "hook_resid_mid": ("use_hook_mlp_in",),
 }
 _EQUATION = {"O": "bphd,hdm->bpm"} | dict.fromkeys("QKV", "bpm,hmd->bphd")
 
@@ -71,7 +76,11 @@ class Sites:
         self._after_affine: dict[str, bool] = {}
         self.pairs: dict[Key, tuple[str, str]] = {}
         self.reasons: dict[str, str] = {}
-        names = [f"blocks.{layer}.{site}" for layer, m in keys for site in (*_INPUTS[m], *_OUTPUTS[m])]
+        names = [
+            f"blocks.{layer}.{site}"
+            for layer, m in keys
+            for site in (*_INPUTS[m], *_OUTPUTS[m], *_norm_outputs(m))
+        ]
         seen = _activations(model_view, names)
         self._find_norm_order(seen)
         for layer, matrix in keys:
@@ -98,13 +107,34 @@ class Sites:
                     self.pairs[layer, matrix] = (x, y)
                     break
             else:
+                norm = self._norm_that_follows(layer, matrix, seen)
+                why = (
+                    f"before a norm that follows it ({norm})"
+                    if norm
+                    else "(if hooks that change activations are installed, call model.reset_hooks() first)"
+                )
                 self.reasons.setdefault(
                     matrix,
-                    f"in layer {layer} no hook point shows the product of its input and weight (if hooks "
-                    "that change activations are installed, call model.reset_hooks() first)",
+                    f"in layer {layer} no hook point shows the product of its input and weight {why}",
                 )
         # All layers that have a matrix, or none: a mask of some would pass for one of the whole model.
         self.pairs = {key: pair for key, pair in self.pairs.items() if key[1] not in self.reasons}
+
+    def _norm_that_follows(self, layer: int, matrix: str, seen: dict[str, Tensor]) -> str | None:
+        """The norm whose output is what the hook point of a matrix's output shows."""
+        for site in _norm_outputs(matrix):
+            normed = seen.get(f"blocks.{layer}.{site}")
+            for y in (seen.get(f"blocks.{layer}.{output}") for output in _OUTPUTS[matrix]):
+                if normed is not None and y is not None and normed.shape == y.shape:
+                    value = self.as_input(f"blocks.{layer}.{site}", normed)
+                    if torch.allclose(value.to(y.dtype), y, rtol=1e-3, atol=1e-5):
+                        return site.removesuffix(".hook_normalized")
+        return None
+
+    def copied_by(self, name: str) -> list[str]:
+        """The settings that are on, with which a product's input is a copy of what its hook point shows."""
+        flags = _COPIES.get(name.rpartition(".")[2], ())
+        return [flag for flag in flags if getattr(self._model.cfg, flag, False)]
 
     def as_input(self, name: str, value: Tensor) -> Tensor:
         """The input of a product from what its hook point shows.
@@ -137,6 +167,10 @@ class Sites:
             finally:
                 handle.remove()
             self._after_affine[name] = torch.allclose(output, captured[0].to(output.dtype), atol=1e-6)
+
+
+def _norm_outputs(matrix: str) -> list[str]:
+    return [f"{norm}.hook_normalized" for norm in _NORMS.get(matrix, ())]
 
 
 def _activations(model_view: ModelView, names: Collection[str]) -> dict[str, Tensor]:

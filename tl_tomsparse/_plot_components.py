@@ -20,6 +20,7 @@ _NAMES = {
     "paired": "all agents",
     "log_perplexity": "loss (nats)",
     "sinks_shifted": "sinks moved",
+    "sink_rate": "share of sinks",
     "attention": "attention to it",
     "turn": "turn of q (°)",
     "turn_others": "other keys (°)",
@@ -37,18 +38,17 @@ def component_effects(found: ComponentEffects, *, measures: Sequence[str] | None
     Args:
         found: from [`component_effects`][tl_tomsparse.component_effects].
         measures: of its frame, a panel each; by default false belief, true belief, loss, turn and sinks, as
-            far as they were measured.
+            far as they were measured, and otherwise all.
 
     Raises:
-        TomsparseError: a measure that was not taken, or none at all.
+        TomsparseError: a measure that was not taken.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     there = list(dict.fromkeys(found.frame.measure))
-    if not there:
-        raise TomsparseError("No measure was taken: there is no sink, no rotation, no stories and no text.")
-    measures = [name for name in _FIRST if name in there] if measures is None else list(measures)
+    if measures is None:
+        measures = [name for name in _FIRST if name in there] or there
     if unknown := [name for name in measures if name not in there]:
         raise TomsparseError(
             f"measures has {unknown[0]!r}, which was not taken; there are {', '.join(there)}."

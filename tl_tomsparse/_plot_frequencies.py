@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,13 +23,16 @@ _MOST_ROWS = 100  # heads that are shown all at once; of more, layers first, and
 
 
 class _View(NamedTuple):
-    """What is shown at once: `[rows, frequencies]` of each panel, and what rows and columns are called."""
+    """What is shown at once: `[rows, frequencies]` of each panel, what rows and columns are called, and where
+    rows differ in them the wavelengths, `[rows, frequencies]`.
+    """
 
     name: str
     rows: str
     labels: Sequence[Any]
     columns: Sequence[str]
     panels: Sequence[Floats]
+    waves: Floats | None = None
 
 
 def frequency_norms(
@@ -58,15 +61,17 @@ def frequency_norms(
         rows=1, cols=len(titles), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03
     )
     for number, view in enumerate(views):
+        turn = "" if view.waves is None else f"{_TURN}%{{customdata:.4g}} tokens"
         for place, z in enumerate(view.panels):
             figure.add_trace(
                 go.Heatmap(
                     z=z,
                     x=view.columns,
                     y=view.labels,
+                    customdata=view.waves,
                     coloraxis="coloraxis2" if place == 2 else "coloraxis",
                     visible=number == 0,
-                    hovertemplate=f"{view.rows} %{{y}}<br>frequency %{{x}}<br>"
+                    hovertemplate=f"{view.rows} %{{y}}<br>frequency %{{x}}{turn}<br>"
                     f"{'change of norm' if place == 2 else 'norm'} %{{z:.4g}}<extra></extra>",
                 ),
                 row=1,
@@ -108,19 +113,33 @@ def _views(norms: FrequencyNorms, part: str, before: FrequencyNorms | None) -> l
     alike = len({tuple(layout[layer].frequencies.tolist()) for layer in layers}) == 1
     columns = _columns(layout[layers[0]]) if alike else [str(m) for m in range(width)]
 
-    def view(name: str, rows: str, labels: Sequence[Any], columns: Sequence[str], values: list[Any]) -> _View:
+    def view(
+        name: str,
+        rows: str,
+        labels: Sequence[Any],
+        columns: Sequence[str],
+        values: list[Any],
+        waves: Floats | None = None,
+    ) -> _View:
         if before is not None:
             values = [*values, values[1] - values[0]]
-        return _View(name, rows, labels, columns, [value.astype(np.float32) for value in values])
+        return _View(name, rows, labels, columns, [value.astype(np.float32) for value in values], waves)
 
     def padded(value: Floats) -> Floats:
         return np.pad(value, ((0, 0), (0, width - value.shape[1])), constant_values=np.nan)
+
+    def waves(rows: Mapping[int, int]) -> Floats | None:
+        if alike:
+            return None
+        each = [padded(layout[layer].wavelengths.numpy()[None].repeat(n, 0)) for layer, n in rows.items()]
+        return np.concatenate(each).astype(np.float32)
 
     heads = [f"L{layer}H{head}" for layer in layers for head in range(len(of[layer][0]))]
     kind = "head" if part == "q" else "key-value head"
     if len(heads) <= _MOST_ROWS:
         every = [np.concatenate([padded(of[layer][n]) for layer in layers]) for n in range(len(shown))]
-        return [view("all heads", kind, heads, columns, every)]
+        each_head = waves({layer: len(of[layer][0]) for layer in layers})
+        return [view("all heads", kind, heads, columns, every, each_head)]
     means = [
         np.concatenate([padded((of[layer][n] ** 2).mean(0, keepdims=True) ** 0.5) for layer in layers])
         for n in range(len(shown))
@@ -132,7 +151,8 @@ def _views(norms: FrequencyNorms, part: str, before: FrequencyNorms | None) -> l
         )
         for layer in layers
     ]  # fmt: skip
-    return [view("all layers (over their heads)", "layer", layers, columns, means), *each]
+    each_layer = waves(dict.fromkeys(layers, 1))
+    return [view("all layers (over their heads)", "layer", layers, columns, means, each_layer), *each]
 
 
 def _columns(layer: RotaryLayer) -> list[str]:
@@ -196,7 +216,8 @@ def mask_by_frequency(frame: pd.DataFrame) -> go.Figure:
     """Entries of a mask at each rotary frequency (bars) over the range of random masks (grey: central 95 %).
 
     Args:
-        frame: from [`mask_by_frequency`][tl_tomsparse.mask_by_frequency], of one mask.
+        frame: from [`mask_by_frequency`][tl_tomsparse.mask_by_frequency], of one mask; of several kinds of
+            random masks the first is shown.
 
     Raises:
         TomsparseError: rows of several edits.
@@ -205,6 +226,7 @@ def mask_by_frequency(frame: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     one_edit(frame)
+    frame = frame[frame["match"] == frame["match"].iloc[0]]
     matrices = list(dict.fromkeys(frame.matrix))
     figure = make_subplots(
         rows=len(matrices), cols=1, shared_xaxes=True, subplot_titles=[f"W_{m}" for m in matrices],

@@ -9,14 +9,14 @@ import numpy as np
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._plot_style import GREY, RED, finish, one_edit, step
-from tl_tomsparse.sink import check_alike
+from tl_tomsparse.sink import BosAngles, check_alike
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from tl_tomsparse.patterns import AttentionPattern
-    from tl_tomsparse.sink import BosAngles, SinkAttention
+    from tl_tomsparse.sink import SinkAttention
 
 _BEFORE_AND_AFTER = ("unedited", "edited", "edited − unedited")
 _DIGITS = 4  # of attention in a map
@@ -139,11 +139,12 @@ def _range(values: Any, middle: float | None) -> dict[str, Any]:
     return {"colorscale": "RdBu", "reversescale": middle == 0, "cmin": middle - reach, "cmax": middle + reach}
 
 
-def angle_histogram(degrees: pd.DataFrame) -> go.Figure:
+def angle_histogram(degrees: pd.DataFrame | BosAngles) -> go.Figure:
     """How many queries have which angle to the token's key: unedited, edited, and under random edits.
 
     Args:
-        degrees: rows of one edit of `PositionEffects.degrees`.
+        degrees: rows of one edit of `PositionEffects.degrees`; or the angles of one model, edited or not, of
+            which one line is shown.
 
     Raises:
         TomsparseError: rows of several edits.
@@ -151,7 +152,13 @@ def angle_histogram(degrees: pd.DataFrame) -> go.Figure:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    one_edit(degrees)
+    lines: list[tuple[str, str, str, str]]
+    if isinstance(degrees, BosAngles):
+        degrees, lines = _shares(degrees), [("all heads", "share", RED, "solid")]
+    else:
+        one_edit(degrees)
+        lines = [("unedited", "before", "#17202a", "dot"), ("edited", "after", RED, "solid")]
+    drawn = [name for name in ("random_low", "random_high") if name in degrees]
     kinds = [heads for heads in ("sink", "all") if heads in set(degrees.heads)]
     names = {"sink": "sink heads", "all": "all heads"}
     figure = make_subplots(
@@ -160,25 +167,23 @@ def angle_histogram(degrees: pd.DataFrame) -> go.Figure:
     )  # fmt: skip
     for row, heads in enumerate(kinds, start=1):
         of = degrees[degrees.heads == heads]
-        there = np.flatnonzero((of[["before", "after", "random_high"]] > 0).any(axis=1))
+        there = np.flatnonzero((of[[*(column for _, column, _, _ in lines), *drawn]] > 0).any(axis=1))
         of = of.iloc[max(0, there[0] - 2) : there[-1] + 3]
         x = of.degree + 0.5
         common: dict[str, Any] = {"mode": "lines", "showlegend": row == 1}
-        figure.add_trace(
-            go.Scatter(
-                x=[*x, *x[::-1]], y=[*of.random_high, *of.random_low[::-1]], fill="toself",
-                fillcolor="rgba(127,140,141,0.45)", line={"width": 0}, hoverinfo="skip",
-                name="random edits (range)", **common,
-            ),
-            row=row, col=1,
-        )  # fmt: skip
-        for name, values, colour, dash in (
-            ("unedited", of.before, "#17202a", "dot"),
-            ("edited", of.after, RED, "solid"),
-        ):
+        if drawn:
             figure.add_trace(
                 go.Scatter(
-                    x=x, y=values, name=name,
+                    x=[*x, *x[::-1]], y=[*of.random_high, *of.random_low[::-1]], fill="toself",
+                    fillcolor="rgba(127,140,141,0.45)", line={"width": 0}, hoverinfo="skip",
+                    name="random edits (range)", **common,
+                ),
+                row=row, col=1,
+            )  # fmt: skip
+        for name, column, colour, dash in lines:
+            figure.add_trace(
+                go.Scatter(
+                    x=x, y=of[column], name=name,
                     line={"shape": "hvh", "color": colour, "dash": dash, "width": 2},
                     hovertemplate=f"%{{x:.0f}}°: %{{y:.2%}} of the queries<extra>{name}</extra>", **common,
                 ),
@@ -191,6 +196,15 @@ def angle_histogram(degrees: pd.DataFrame) -> go.Figure:
         title="angle between query and the token's key (dashed: orthogonal)", row=len(kinds), col=1
     )
     return finish(figure, height=110 + 220 * len(kinds))
+
+
+def _shares(angles: BosAngles) -> pd.DataFrame:
+    """One row a degree: the share of the queries of all heads."""
+    import pandas as pd
+
+    counts = np.sum([count.sum(0).numpy() for count in angles.degrees.values()], axis=0)
+    frame = pd.DataFrame({"degree": range(len(counts)), "share": counts / counts.sum()})
+    return frame.assign(heads="all")
 
 
 def attention(

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_tomsparse._intervals import ClusterBootstrap, mean_intervals
+from tl_tomsparse._intervals import ClusterBootstrap, group_reach, mean_intervals
 from tl_tomsparse._model import ModelView
 from tl_tomsparse._stream import Current, stream
 from tl_tomsparse.rotary import FrequencyNorms, norms_measure
@@ -38,23 +39,38 @@ class Position:
         attention: to the token.
         angles: to its key; None where no layer has a rotation.
         norms: by frequency; None where no layer has a rotation.
+        unrotated: angles before the rotation; None where they were not asked for.
     """
 
     attention: SinkAttention
     angles: BosAngles | None
     norms: FrequencyNorms | None
+    unrotated: BosAngles | None = None
 
 
-def measure_position(seen: ModelView, samples: Samples, position: int, batch_tokens: int | None) -> Position:
-    """Everything in one pass over the samples."""
-    now = Current()
-    attention = attention_measure(seen, samples, now, position=position)
-    angles = angles_measure(seen, samples, now, position=position) if seen.rotations[0] else None
-    norms = norms_measure(seen, samples, now) if seen.rotations[0] else None
-    hooks = [hook for measure in (attention, angles, norms) if measure for hook in measure.hooks]
+def measure_position(
+    seen: ModelView,
+    samples: Samples,
+    at: Int64[Tensor, " rows"],
+    batch_tokens: int | None,
+    *,
+    unrotated: bool = False,
+) -> Position:
+    """Everything in one pass over the samples, of the token at this position in each row."""
+    now, turned = Current(), bool(seen.rotations[0])
+    attention = attention_measure(seen, samples, now, at=at)
+    angles = angles_measure(seen, samples, now, at=at) if turned else None
+    norms = norms_measure(seen, samples, now) if turned else None
+    back = None
+    if turned and unrotated:
+        back = angles_measure(seen, samples, now, at=at, rotated=False)
+    hooks = [hook for measure in (attention, angles, norms, back) if measure for hook in measure.hooks]
     stream(seen, samples, hooks, now, description="position", batch_tokens=batch_tokens, show_progress=False)
     return Position(
-        attention.result(), angles.result() if angles else None, norms.result() if norms else None
+        attention.result(),
+        angles.result() if angles else None,
+        norms.result() if norms else None,
+        back.result() if back else None,
     )
 
 
@@ -66,6 +82,7 @@ class Changes:
         measures: of the summary.
         heads: for each measure of the heads, the mean change, `[layers * heads]`.
         norms: for each (layer, part) the RMS norm `[heads, pairs]`.
+        cosine: for each layer what each frequency adds to the cosine with the token's key, `[heads, pairs]`.
         shifted: for each layer, and -1 for all, the share of the sinks that shifted.
         degrees: of "all" heads and of "sink" heads the share of the queries at each degree, `[180]`.
     """
@@ -73,6 +90,7 @@ class Changes:
     measures: Sums
     heads: dict[str, Floats]
     norms: Mapping[tuple[int, str], Tensor]
+    cosine: Mapping[int, Tensor]
     shifted: dict[int, float]
     degrees: dict[str, Floats]
 
@@ -94,8 +112,9 @@ class Comparison:
         per_head = {name: _joined(values) for name, values in self._per_head(after).items()}
         heads = {name: np.nanmean(values, 0) for name, values in per_head.items()}
         norms = {} if after.norms is None else after.norms.rms
+        cosine = {} if after.angles is None else after.angles.cosine
         measures, degrees = dict(self._measures(after)), self._degrees(after)
-        return Changes(measures, heads, norms, self._shifted(after), degrees)
+        return Changes(measures, heads, norms, cosine, self._shifted(after), degrees)
 
     def heads(self, after: Position, random: Sequence[Changes], seed: int) -> pd.DataFrame:
         """See `PositionEffects.heads`."""
@@ -121,13 +140,32 @@ class Comparison:
         if self.before.norms is None or after.norms is None:
             return pd.DataFrame()
         names = ["layer", "part", "head", "frequency", "radians", "wavelength"]
-        frame = self.before.norms.to_frame()[[*names, "rms"]].rename(columns={"rms": "before"})
+        old, new = self.before.norms.to_frame(), after.norms.to_frame()
+        frame = old[names].copy()
+        for one, state in ((old, "before"), (new, "after")):
+            frame[state] = one["rms"]
+            for end in ("low", "high"):
+                frame[f"{state}_{end}"] = one[end]
+            for logit in ("logit", "logit_first"):
+                frame[f"{logit}_{state}"] = one[logit]
 
-        def flat(norms: Mapping[tuple[int, str], Tensor]) -> Floats:
-            return np.concatenate([one.flatten().numpy() for one in norms.values()])
+        return frame.assign(**_range(np.stack([_flat(one.norms) for one in random])))
 
-        drawn = np.stack([flat(one.norms) for one in random])
-        return frame.assign(after=flat(after.norms.rms), **_range(drawn))
+    def cosines(self, after: Position, random: Sequence[Changes]) -> pd.DataFrame:
+        """See `PositionEffects.cosines`."""
+        import pandas as pd
+
+        if self.before.norms is None or self.before.angles is None or after.angles is None:
+            return pd.DataFrame()
+        # The same layers, heads and frequencies as the norms of queries have.
+        names = ["layer", "head", "frequency", "radians", "wavelength"]
+        norms = self.before.norms.to_frame()
+        frame = norms[norms.part == "q"][names].reset_index(drop=True)
+        for angles, state in ((self.before.angles, "before"), (after.angles, "after")):
+            mean = _flat(angles.cosine)
+            reach = _flat({n: group_reach(one.numpy()) for n, one in angles.cosine_groups.items()})
+            frame[state], frame[f"{state}_low"], frame[f"{state}_high"] = mean, mean - reach, mean + reach
+        return frame.assign(**_range(np.stack([_flat(one.cosine) for one in random])))
 
     def degrees(self, after: Position, random: Sequence[Changes]) -> pd.DataFrame:
         """See `PositionEffects.degrees`."""
@@ -168,6 +206,8 @@ class Comparison:
         levels: dict[str, Mapping[int, Tensor]] = {"attention": of.attention.attention}
         if of.angles is not None:
             levels |= {"angle": of.angles.to_sink, "angle_others": of.angles.to_others}
+        if (back := of.unrotated) is not None:
+            levels |= {"angle_unrotated": back.to_sink, "angle_others_unrotated": back.to_others}
         return levels
 
     def _per_head(self, after: Position) -> dict[str, dict[int, Tensor]]:
@@ -187,6 +227,12 @@ class Comparison:
         counts = [torch.cat(list(which.values()), 1).sum(1).double() for which in (moved, sinks)]
         if counts[1].any():
             yield "sinks_shifted", (counts[0].numpy(), counts[1].numpy())
+        known = torch.cat([share.isfinite() for share in old.values()], 1).sum(1).double().numpy()
+        above = [
+            torch.cat([share > self.eps for share in levels.values()], 1).sum(1).double().numpy()
+            for levels in (old, new)
+        ]
+        yield "sink_rate", (above[1] - above[0], known)
         if self.sink_heads:
             yield "attention", _over(self.sink_heads, {layer: new[layer] - old[layer] for layer in old})
         if self.before.angles is not None and after.angles is not None:
@@ -218,6 +264,11 @@ def dominant_pairs(norms: FrequencyNorms) -> dict[tuple[int, str], Tensor]:
     for row in norms.dominant().itertuples():
         chosen[row.layer, row.part][row.head, row.frequency] = True
     return chosen
+
+
+def _flat(values: Mapping[Any, Tensor | NDArray[Any]]) -> Floats:
+    """All numbers in one row."""
+    return np.concatenate([np.asarray(one).flatten() for one in values.values()])
 
 
 def _joined(values: Mapping[int, Tensor]) -> Floats:

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import TomsparseError, check_same_weights
@@ -128,7 +130,7 @@ def component_effects(
     match: Match = "matrix",
     n_random: int = 20,
     seed: int = 0,
-    position: int = 0,
+    position: int | Int[Tensor, " rows"] = 0,
     eps: float = 0.3,
     threshold: float = 0.01,
     n_draws: int = 10_000,
@@ -158,13 +160,15 @@ def component_effects(
     Raises:
         TomsparseError: an active edit; an edit of other weights, or without a rule to use on other masks; an
             empty mask; a component that is no part of the mask; stories that are not held out; training mode;
-            a position that some row does not have, or that is its last one.
+            a position that some row does not have, or that is its last one; a tensor of positions that has
+            another shape or no integers.
     """
     seen = view(model)
-    check_measurable(seen, samples, position, (eps, threshold), {"n_random": n_random, "n_draws": n_draws})
+    counts = {"n_random": n_random, "n_draws": n_draws}
+    at = check_measurable(seen, samples, position, (eps, threshold), counts)
     _check_parts(edit.mask, components)
     check_split(stories, ("train", "dev"), HELD_OUT)
-    meter = _Meter(model, samples, stories, text, position, prepend_bos, batch_tokens)
+    meter = _Meter(model, samples, stories, text, at, prepend_bos, batch_tokens)
     before = meter.state()
     comparison = Comparison(before.position, eps, threshold)
     standard = components is None
@@ -199,7 +203,7 @@ def component_effects(
         "match": match,
         "n_random": n_random,
         "seed": seed,
-        "position": position,
+        "position": before.position.attention.position,
         "bos": samples.bos,
         "eps": eps,
         "threshold": threshold,
@@ -234,11 +238,11 @@ class _Meter:
         samples: Samples,
         stories: Sequence[Story],
         text: Samples | None,
-        position: int,
+        at: Tensor,
         prepend_bos: bool,
         batch_tokens: int | None,
     ) -> None:
-        self.model, self.samples, self.position, self.batch_tokens = model, samples, position, batch_tokens
+        self.model, self.samples, self.at, self.batch_tokens = model, samples, at, batch_tokens
         self.scoring, self.counted = None, None
         if stories:
             self.scoring = prepare_scoring(
@@ -251,7 +255,7 @@ class _Meter:
         """The model under an edit."""
         with nullcontext() if edit is None else edit.applied(self.model):
             return _State(
-                measure_position(view(self.model), self.samples, self.position, self.batch_tokens),
+                measure_position(view(self.model), self.samples, self.at, self.batch_tokens),
                 None if self.scoring is None else self.scoring.outcome(self.model).margin > 0,
                 None if self.text is None else self.text.nll(self.model),
             )

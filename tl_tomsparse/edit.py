@@ -246,9 +246,10 @@ class SparseEdit:
 
         They add the input of each product, gathered at the entries' rows, times the change of the weights, in
         float32 or better, and carry gradients. Use them together, in this order, and after hooks that change
-        the input of an edited matrix (`applied` needs no order). What backward hooks see at such an input
-        leaves out the change's own share: attribution patching needs `applied`. Not for a model that the edit
-        is already applied to.
+        the input of an edited matrix (`applied` needs no order). Hooks of yours on its output see the edited
+        value if they come later; if they come before, the change is added to what they return. What backward
+        hooks see at such an input leaves out the change's own share: attribution patching needs `applied`.
+        Not for a model that the edit is already applied to.
 
         Args:
             model: with the weights that the edit was made from.

@@ -53,10 +53,12 @@ def mask_by_frequency(
         seed: of the random masks.
 
     Returns:
-        One row a matrix and frequency (-1: dimensions that are not turned): matrix, frequency, entries, share
-        (of the matrix' entries), random_mean, random_low, random_high (central 95 % of the random masks),
-        enrichment (entries / random_mean), p (two-sided, of the mask being one of the random ones), and where
-        all layers turn alike radians and wavelength.
+        One row a matrix and frequency (-1: dimensions that are not turned): match, matrix, frequency,
+        entries, share (of the matrix' entries), random_mean, random_low, random_high (central 95 % of the
+        random masks), enrichment (entries / random_mean), enrichment_low, enrichment_high (entries /
+        random_high and / random_low: 1 is between them where the mask is like a random one; nan, no bound,
+        where that is 0), p (two-sided, of the mask being one of the random ones), and where all layers turn
+        alike radians and wavelength.
 
     Raises:
         TomsparseError: no layer with a rotation; a mask of other weights or without entries in Q and K.
@@ -81,6 +83,7 @@ def mask_by_frequency(
                 continue  # everything is turned
             low, high = np.quantile(random, [0.025, 0.975])
             row = {
+                "match": match,
                 "matrix": matrix,
                 "frequency": m if m < width else NOT_ROTATED,
                 "entries": entries,
@@ -88,13 +91,19 @@ def mask_by_frequency(
                 "random_mean": random.mean(),
                 "random_low": low,
                 "random_high": high,
-                "enrichment": entries / random.mean() if random.mean() else float("nan"),
+                **_over(entries, random.mean(), low, high),
                 "p": _two_sided(entries, random),
             }
             if alike and m < width:
                 row |= {"radians": float(first.frequencies[m]), "wavelength": float(first.wavelengths[m])}
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _over(entries: int, mean: float, low: float, high: float) -> dict[str, float]:
+    """Enrichment over the mean and the ends of random masks."""
+    ends = {"enrichment": mean, "enrichment_low": high, "enrichment_high": low}
+    return {name: entries / end if end else float("nan") for name, end in ends.items()}
 
 
 def at_frequencies(

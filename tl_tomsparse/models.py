@@ -2,25 +2,35 @@
 
 Models are loaded in evaluation mode with raw weights (no folded norms, no centring), eager attention, and
 their tokenizer. What TransformerLens makes of a model is offered only if its logits are those of the
-original.
+original; a model that has no matrices to edit is offered with a warning.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._model import HookedTransformer
+from tl_tomsparse.self_check import self_check
 
 Backend = Literal["bridge", "hooked"]
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -55,7 +65,8 @@ def load_model(
         dtype: of the weights; half precision is slow on a CPU.
 
     Returns:
-        `TransformerBridge` or `HookedTransformer`, in evaluation mode, weights not processed.
+        `TransformerBridge` or `HookedTransformer`, in evaluation mode, weights not processed. A warning says
+        so if `self_check(model, cheap=True)` finds that nothing here works on it.
 
     Raises:
         TomsparseError: no such model or directory, something missing in it, no network, an architecture that
@@ -83,9 +94,12 @@ def load_model(
     except Exception as error:  # TransformerLens raises many kinds, depending on what it does not know
         raise TomsparseError(
             f"TransformerLens cannot make a {backend} model of {path} ({hf.config.model_type}): "
-            f"{_first_line(error)}." + (" Try dtype=torch.float32." if dtype != torch.float32 else "")
+            f"{_first_line(error)}{_cure(error, backend, dtype)}"
         ) from error
     model.cfg.model_name = name
+    report = self_check(model, cheap=True)
+    if not report.ok:
+        warnings.warn(f"The model is loaded, but this package cannot work on it: {report}", stacklevel=2)
     return model
 
 
@@ -186,12 +200,15 @@ def _make_bridge(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype
 def _make_hooked(hf: Any, tokenizer: Any, path: str, device: torch.device, dtype: torch.dtype) -> Any:
     import transformer_lens.loading_from_pretrained as loading
 
+    config = copy.deepcopy(hf.config)
+    if not hasattr(config, "n_ctx"):  # older configs have it, and TransformerLens reads it of some
+        config.n_ctx = getattr(config, "max_position_embeddings", None)
     # TransformerLens reads the architecture from the config of a directory, but guesses it from names that
     # contain "llama" or "gemma": a directory with a neutral name and nothing but the config avoids that.
     with tempfile.TemporaryDirectory(prefix="tomsparse-") as neutral:
-        hf.config.save_pretrained(neutral)
+        config.save_pretrained(neutral)
         cfg = loading.get_pretrained_model_config(
-            neutral, hf_cfg=hf.config.to_dict(), device=str(device), dtype=dtype, default_prepend_bos=False
+            neutral, hf_cfg=config.to_dict(), device=str(device), dtype=dtype, default_prepend_bos=False
         )
         state = loading.get_pretrained_state_dict(neutral, cfg, hf, dtype=dtype)
     # For some architectures TransformerLens has a context of its own, whatever the config says.
@@ -242,6 +259,19 @@ def _check_logits(model: Any, tokens: Tensor, expected: Tensor, backend: Backend
                 f"TransformerLens computes other logits for this model than transformers{what} ({backend}: "
                 f"{float(apart):.2g} standard deviations apart at one position); use {other}."
             )
+
+
+def _cure(error: Exception, backend: Backend, dtype: torch.dtype) -> str:
+    """What may help where TransformerLens cannot make a model, as the rest of a sentence."""
+    other = ' Use backend="bridge".' if backend == "hooked" else ""
+    if isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig):
+        return (
+            f"; TransformerLens {version('transformer-lens')} reads {error.name!r} from the configuration, "
+            f"where transformers {version('transformers')} no longer has it.{other}"
+        )
+    if isinstance(error, NotImplementedError):
+        return f".{other}"
+    return "." + (" Try dtype=torch.float32." if dtype != torch.float32 else "")
 
 
 def _first_line(error: BaseException) -> str:

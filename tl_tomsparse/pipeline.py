@@ -364,6 +364,7 @@ def _position_frames(position: PositionEffects) -> dict[str, pd.DataFrame]:
         "position": position.summary,
         "position_heads": position.heads,
         "position_frequencies": position.frequencies,
+        "position_cosines": position.cosines,
         "position_sinks": position.sinks,
         "position_degrees": position.degrees,
         "position_by_frequency": position.by_frequency,

@@ -17,6 +17,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Int, Int64
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_tomsparse._checks import TomsparseError, check_positive
@@ -24,11 +26,11 @@ from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._points import json_rows
 from tl_tomsparse._position_changes import Clusters, Comparison, Position, measure_position, summary
 from tl_tomsparse.edit import SparseEdit
-from tl_tomsparse.enrichment import mask_by_frequency, mask_rank, share_at_frequencies
+from tl_tomsparse.enrichment import Kind, mask_by_frequency, mask_rank, share_at_frequencies
 from tl_tomsparse.mask import Match, SparseMask
 from tl_tomsparse.rotary import FrequencyNorms
 from tl_tomsparse.samples import Samples
-from tl_tomsparse.sink import check_position, check_threshold
+from tl_tomsparse.sink import check_threshold, positions_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,20 +47,29 @@ class PositionEffects:
             random (mean over seeds), random_low, random_high (range over seeds), beyond (value - random),
             beyond_low, beyond_high, p_above and p_below (of "not above" and "not below" the random mean,
             doubled), as_high and as_low (how many random edits are). Measures: "sinks_shifted" (share of the
-            sinks), "attention" (mean change at sink heads), "turn" and "turn_others" (degrees, mean over sink
+            sinks), "sink_rate" (change of the share of heads whose attention to the token is above eps),
+            "attention" (mean change at sink heads), "turn" and "turn_others" (degrees, mean over sink
             heads, of the token's key and of the other keys), "norm_q" and "norm_k" (the relative change,
             without its sign, of the RMS norm at a head's dominant frequencies; mean over heads). Norms are
             compared in groups of samples, the rest sample by sample.
-        heads: one row an edit, measure ("attention", "angle", "angle_others"), layer and head: before, after,
-            change, low, high (bootstrap 95 % over samples), random, random_low, random_high of the change.
+        heads: one row an edit, measure ("attention", "angle", "angle_others", and with `unrotated`
+            "angle_unrotated", "angle_others_unrotated"), layer and head: before, after, change, low, high
+            (bootstrap 95 % over samples), random, random_low, random_high of the change.
         frequencies: one row an edit, layer, part, head and frequency: radians, wavelength, before, after (RMS
-            norm), random, random_low, random_high (RMS norm).
+            norm) with their 95 % intervals (before_low, before_high, after_low, after_high), random,
+            random_low, random_high (RMS norm); of queries also what the frequency adds to the attention
+            logit: logit_before, logit_after, and with the first token as key logit_first_before,
+            logit_first_after.
+        cosines: one row an edit, layer, head and frequency: radians, wavelength, before, after (what the
+            frequency adds to the cosine between queries and the token's key, after the rotation; see
+            [`BosAngles`][]) with their 95 % intervals (before_low, before_high, after_low, after_high:
+            Student's t over groups of samples), random, random_low, random_high.
         sinks: one row an edit and layer (-1: all): see [`sink_shift`][]; beside it random, random_low,
             random_high of the share that shifted.
         degrees: one row an edit, heads ("all" or "sink") and degree: degree (0: angles of 0 to 1 between
             queries and the token's key), before, after (shares of the queries), random, random_low,
             random_high (shares).
-        by_frequency: see [`mask_by_frequency`][], of each edit's mask.
+        by_frequency: see [`mask_by_frequency`][], of each edit's mask, matched by matrix and by row.
         shares: see [`share_at_frequencies`][], of each edit's mask at the frequencies that are "dominant" in
             each head of the unedited model, and at the "slow" half of each layer's (column `frequencies`).
         ranks: see [`mask_rank`][], of each edit's mask.
@@ -76,6 +87,7 @@ class PositionEffects:
     summary: pd.DataFrame = field(repr=False)
     heads: pd.DataFrame = field(repr=False)
     frequencies: pd.DataFrame = field(repr=False)
+    cosines: pd.DataFrame = field(repr=False)
     sinks: pd.DataFrame = field(repr=False)
     degrees: pd.DataFrame = field(repr=False)
     by_frequency: pd.DataFrame = field(repr=False)
@@ -86,7 +98,7 @@ class PositionEffects:
     meta: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The frames but for `frequencies` and `degrees`, as plain values for JSON."""
+        """The frames but for `frequencies`, `cosines` and `degrees`, as plain values for JSON."""
         names = ("summary", "heads", "sinks", "by_frequency", "shares", "ranks")
         tables = {name: json_rows(getattr(self, name)) for name in names}
         return {**tables, "sink_heads": self.sink_heads, "n_weights": self.n_weights, **self.meta}
@@ -100,9 +112,10 @@ def position_effects(
     match: Match = "matrix",
     n_random: int = 20,
     seed: int = 0,
-    position: int = 0,
+    position: int | Int[Tensor, " rows"] = 0,
     eps: float = 0.3,
     threshold: float = 0.01,
+    unrotated: bool = False,
     n_draws: int = 10_000,
     batch_tokens: int | None = None,
     show_progress: bool = True,
@@ -116,21 +129,25 @@ def position_effects(
         match: what random masks have in common with an edit's; see [`SparseMask.random_like`][].
         n_random: random edits beside each edit; a claim needs at least 19.
         seed: they have the seeds `seed`, `seed + 1`, ...; also of the bootstrap.
-        position: of the token that is asked about, the same in every row; 0 is BOS where rows begin with it.
+        position: of the token that is asked about, counted from 0: one for all rows, or an integer tensor
+            `[rows]` of one for each; 0 is BOS where rows begin with it.
         eps: what attends to the token by more than this is a sink.
         threshold: change of attention that counts as a shift; the paper's is 0.01.
+        unrotated: also measure angles before the rotation, which takes longer.
         n_draws: how often samples are drawn again.
         batch_tokens: most tokens in one batch, padding included.
         show_progress: a progress bar over edits.
 
     Raises:
         TomsparseError: no edits; an active edit; edits of other weights, or without a rule to use on random
-            masks; training mode; a position that some row does not have, or that is its last one.
+            masks; training mode; a position that some row does not have, or that is its last one; a tensor of
+            positions that has another shape or no integers.
     """
     if not edits:
         raise TomsparseError("edits is empty; pass for example {'mask': SparseEdit.mean(model, mask)}.")
     seen = view(model)
-    check_measurable(seen, samples, position, (eps, threshold), {"n_random": n_random, "n_draws": n_draws})
+    counts = {"n_random": n_random, "n_draws": n_draws}
+    at = check_measurable(seen, samples, position, (eps, threshold), counts)
     seeds = range(seed, seed + n_random)
     placebos = {
         name: [edit.on(model, edit.mask.random_like(number, match=match)) for number in seeds]
@@ -143,7 +160,7 @@ def position_effects(
 
         def measured(edit: SparseEdit | None = None) -> Position:
             with nullcontext() if edit is None else edit.applied(model):
-                found = measure_position(seen, samples, position, batch_tokens)
+                found = measure_position(seen, samples, at, batch_tokens, unrotated=unrotated)
             bar.update()
             return found
 
@@ -157,11 +174,12 @@ def position_effects(
             tables.add("summary", name, summary(own.measures, [one.measures for one in random], clusters))
             tables.add("heads", name, change.heads(after[name], random, seed))
             tables.add("frequencies", name, change.frequencies(after[name], random))
+            tables.add("cosines", name, change.cosines(after[name], random))
             tables.add("sinks", name, change.sinks(after[name], random))
             tables.add("degrees", name, change.degrees(after[name], random))
             tables.add_mask(model, name, edit.mask, before.norms, n_random, seed)
     meta = {
-        "position": position,
+        "position": before.attention.position,
         "bos": samples.bos,
         "eps": eps,
         "threshold": threshold,
@@ -180,19 +198,26 @@ def position_effects(
 
 
 def check_measurable(
-    seen: ModelView, samples: Samples, position: int, thresholds: Sequence[float], counts: Mapping[str, int]
-) -> None:
-    """Refuse what cannot be measured before and after edits that are made here."""
+    seen: ModelView,
+    samples: Samples,
+    position: int | Int[Tensor, " rows"],
+    thresholds: Sequence[float],
+    counts: Mapping[str, int],
+) -> Int64[Tensor, " rows"]:
+    """The position of the token in each row; refuses what cannot be measured before and after edits that are
+    made here.
+    """
     for name, count in counts.items():
         check_positive(name, count)
     for value in thresholds:
         check_threshold(value)
-    check_position(seen, samples, position)
+    at = positions_of(seen, samples, position)
     if seen.active_edits:
         raise TomsparseError(
             f"{seen.name} has an active edit, {seen.active_edits[-1]}; edits are applied here, so call this "
             "outside of the block."
         )
+    return at
 
 
 def _slow_share(norms: FrequencyNorms) -> float:
@@ -212,7 +237,10 @@ class _Tables:
     """The frames of all edits, one below the other."""
 
     def __init__(self) -> None:
-        names = ("summary", "heads", "frequencies", "sinks", "degrees", "by_frequency", "shares", "ranks")
+        names = (
+            "summary", "heads", "frequencies", "cosines", "sinks", "degrees",
+            "by_frequency", "shares", "ranks",
+        )  # fmt: skip
         self._parts: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
 
     def add(self, table: str, edit: str, frame: pd.DataFrame) -> None:
@@ -235,7 +263,9 @@ class _Tables:
             self.add("ranks", edit, mask_rank(model, mask, n_random=n_random, seed=seed))
         if norms is None or not len(mask.restrict(matrices=("Q", "K"), layers=list(norms.layout))):
             return
-        self.add("by_frequency", edit, mask_by_frequency(model, mask, seed=seed))
+        kinds: tuple[Kind, ...] = ("matrix", "row")
+        for match in kinds:
+            self.add("by_frequency", edit, mask_by_frequency(model, mask, match=match, seed=seed))
         for name, frequencies in (("dominant", norms.dominant()), ("slow", "slow")):
             shares = share_at_frequencies(model, mask, frequencies, seed=seed)
             shares.insert(0, "frequencies", name)

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError, check_positive
+from tl_tomsparse._intervals import group_reach
 from tl_tomsparse._model import ModelView, Rotation, view
 from tl_tomsparse._stream import Current, Measure, stream
 from tl_tomsparse.samples import Samples, check_samples
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Part = Literal["q", "k"]
-_GROUPS = 20
+GROUPS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,15 +172,12 @@ class FrequencyNorms:
         head's squared norm over turned dimensions); of queries also logit and logit_first.
         """
         import pandas as pd
-        from scipy.stats import t as student
 
         frames = []
         for (layer, part), rms in self.rms.items():
             heads, pairs = rms.shape
             rotation = self.layout[layer]
-            groups = self.squares[layer, part]
-            spread = groups.std(0) if len(groups) > 1 else torch.full_like(rms, torch.nan)
-            reach = float(student.ppf(0.975, max(1, len(groups) - 1))) * spread * len(groups) ** -0.5
+            reach = torch.from_numpy(group_reach(self.squares[layer, part].numpy()))
             low, high = ((rms**2 + side * reach).clamp_min(0).sqrt() for side in (-1, 1))
             frame = pd.DataFrame(
                 {
@@ -284,7 +282,7 @@ class _Sums:
     """Running sums over positions, in float64."""
 
     def __init__(self, layout: RotaryLayout, n_samples: int) -> None:
-        self.layout, self.n_groups = layout, min(_GROUPS, n_samples)
+        self.layout, self.n_groups = layout, min(GROUPS, n_samples)
         self.sizes = torch.zeros(self.n_groups, dtype=torch.float64)  # positions in each group
         self.squares: dict[tuple[int, str], Tensor] = {}
         self.norms: dict[tuple[int, str], Tensor] = {}

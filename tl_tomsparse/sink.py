@@ -5,25 +5,27 @@
     sink rate:  share of (layer, head, sample) with a > eps
     sink shift: share of the sinks whose a moved by more than a threshold          (arXiv 2504.04238)
 
-t is 0 by default: BOS, where rows begin with it. Padding never counts. In layers with a sliding window,
-queries that lie beyond it count as attending to t with 0. Nothing is claimed about why a token is a sink.
+t is 0 by default: BOS, where rows begin with it; it may be another one in each row. Padding never counts.
+In layers with a sliding window, queries that lie beyond it count as attending to t with 0. Nothing is claimed
+about why a token is a sink.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import mean_intervals, proportion_interval
 from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._stream import Current, Measure, stream
-from tl_tomsparse.rotary import with_rotation
+from tl_tomsparse.rotary import GROUPS, with_rotation
 from tl_tomsparse.samples import Samples, check_samples
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ class BosAngles:
             degrees, of 1 to 2 degrees, and so on.
         cosine: for each layer `[heads, pairs]`: what each frequency adds to the cosine with the token's key,
             a mean over queries of samples. What is not rotated is left out.
-        position: of the token in each row.
+        cosine_groups: for each layer `[groups, heads, pairs]`: the same in each of up to 20 groups of samples
+            (the n-th sample is in group n mod 20), for intervals.
+        position: of the token in each row; a tuple of one for each row where they differ.
         rotated: whether queries and keys are taken after the rotation.
         bos: whether rows begin with BOS.
         ids: of the samples.
@@ -57,7 +61,8 @@ class BosAngles:
     by_position: Mapping[int, Float[Tensor, "heads pos"]]
     degrees: Mapping[int, Int64[Tensor, "heads 180"]]
     cosine: Mapping[int, Float[Tensor, "heads pairs"]]
-    position: int
+    cosine_groups: Mapping[int, Float[Tensor, "groups heads pairs"]]
+    position: int | tuple[int, ...]
     rotated: bool
     bos: bool
     ids: tuple[str, ...]
@@ -90,13 +95,13 @@ class SinkAttention:
 
     Attributes:
         attention: for each layer `[n, heads]`, float64: mean over the queries of a sample that see the token.
-        position: of the token in each row.
+        position: of the token in each row; a tuple of one for each row where they differ.
         bos: whether rows begin with BOS.
         ids: of the samples.
     """
 
     attention: Mapping[int, Float[Tensor, "n heads"]]
-    position: int
+    position: int | tuple[int, ...]
     bos: bool
     ids: tuple[str, ...]
 
@@ -108,11 +113,27 @@ class SinkAttention:
     def rate(self, eps: float = 0.3) -> float:
         """The share of (layer, head, sample) whose attention to the token exceeds eps."""
         check_threshold(eps)
-        return float(torch.cat([(a > eps).double().flatten() for a in self.attention.values()]).mean())
+        return float(self._above(eps).mean())
+
+    def rate_interval(self, eps: float = 0.3, *, seed: int = 0) -> tuple[float, float]:
+        """The ends of the 95 % bootstrap interval of `rate` over samples; all heads of a sample are drawn
+        together.
+
+        Args:
+            eps: as for `rate`.
+            seed: of the draws.
+        """
+        check_threshold(eps)
+        _, low, high = mean_intervals(self._above(eps).mean(1, keepdim=True).numpy(), seed=seed)
+        return float(low[0]), float(high[0])
+
+    def _above(self, eps: float) -> Tensor:
+        """`[n, heads of all layers]`: 1 where the attention exceeds eps."""
+        return torch.cat([(a > eps).double() for a in self.attention.values()], 1)
 
     def to_frame(self, *, eps: float = 0.3, seed: int = 0) -> pd.DataFrame:
-        """One row a layer and head: mean attention with a 95 % bootstrap interval over samples, and the share
-        of samples in which it exceeds eps.
+        """One row a layer and head: mean attention (low, high), and the share of samples in which it exceeds
+        eps, rate (rate_low, rate_high); each with a 95 % bootstrap interval over samples.
         """
         import pandas as pd
 
@@ -121,7 +142,8 @@ class SinkAttention:
         for layer, values in self.attention.items():
             mean, low, high = mean_intervals(values.numpy(), seed=seed)
             columns = {"layer": layer, "head": range(values.shape[1]), "attention": mean, "low": low}
-            columns |= {"high": high, "rate": (values > eps).double().mean(0).numpy()}
+            rate, rate_low, rate_high = mean_intervals((values > eps).double().numpy(), seed=seed)
+            columns |= {"high": high, "rate": rate, "rate_low": rate_low, "rate_high": rate_high}
             frames.append(pd.DataFrame(columns))
         return pd.concat(frames, ignore_index=True)
 
@@ -130,7 +152,7 @@ def bos_angles(
     model: Any,
     samples: Samples,
     *,
-    position: int = 0,
+    position: int | Int[Tensor, " rows"] = 0,
     rotated: bool = True,
     batch_tokens: int | None = None,
     show_progress: bool = True,
@@ -141,19 +163,20 @@ def bos_angles(
         model: `HookedTransformer` or `TransformerBridge`, in evaluation mode; inside `edit.applied(model)`
             the edited one is measured.
         samples: rows of tokens.
-        position: of the token, the same in every row; 0 is BOS where rows begin with it.
+        position: of the token, counted from 0: one for all rows, or an integer tensor `[rows]` of one for
+            each; 0 is BOS where rows begin with it.
         rotated: after the rotation, as attention compares them, or before it.
         batch_tokens: most tokens in one batch, padding included.
         show_progress: a progress bar over samples.
 
     Raises:
         TomsparseError: no layer with a rotation; training mode; a position that some row does not have, or
-            that is its last one.
+            that is its last one; a tensor of positions that has another shape or no integers.
     """
     seen = with_rotation(model)
-    check_position(seen, samples, position)
+    at = positions_of(seen, samples, position)
     now = Current()
-    measure = angles_measure(seen, samples, now, position=position, rotated=rotated)
+    measure = angles_measure(seen, samples, now, at=at, rotated=rotated)
     stream(
         seen, samples, measure.hooks, now,
         description="angles", batch_tokens=batch_tokens, show_progress=show_progress,
@@ -162,11 +185,14 @@ def bos_angles(
 
 
 def angles_measure(
-    seen: ModelView, samples: Samples, now: Current, *, position: int, rotated: bool = True
+    seen: ModelView, samples: Samples, now: Current, *, at: Int64[Tensor, " rows"], rotated: bool = True
 ) -> Measure[BosAngles]:
-    """`bos_angles` as a measure, so that others can be taken in the same pass."""
+    """`bos_angles` as a measure, so that others can be taken in the same pass; `at` is the position of the
+    token in each row.
+    """
     rotations = seen.rotations_at(samples.lengths.tolist())[0]
     n, longest = samples.tokens.shape
+    n_groups = min(GROUPS, n)
     to_sink: dict[int, Tensor] = {}
     to_others: dict[int, Tensor] = {}
     by_position: dict[int, Tensor] = {}
@@ -174,12 +200,13 @@ def angles_measure(
     cosine: dict[int, Tensor] = {}
     queries: dict[int, Tensor] = {}
 
-    def begin(layer: int, heads: int) -> None:
+    def begin(layer: int, heads: int, device: torch.device) -> None:
         for kept in (to_sink, to_others):
             kept[layer] = torch.full((n, heads), torch.nan, dtype=torch.float64)
         by_position[layer] = torch.zeros(heads, longest, dtype=torch.float64)
         histograms[layer] = torch.zeros(heads, _DEGREES, dtype=torch.int64)
-        cosine[layer] = torch.zeros(heads, len(rotations[layer].frequencies), dtype=torch.float64)
+        pairs = len(rotations[layer].frequencies)
+        cosine[layer] = torch.zeros(n_groups, heads, pairs, dtype=torch.float64, device=device)
 
     def store(layer: int, part: str, value: Tensor) -> None:
         if not rotated:
@@ -190,12 +217,12 @@ def angles_measure(
             return
         q, k = queries.pop(layer), _directions(value)
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-        key = k[:, position].double()
+        token = at[now.rows].to(k.device)
+        key = k[torch.arange(len(k), device=k.device), token].double()
         heads = q.shape[2]
         if layer not in to_sink:
-            begin(layer, heads)
-        after = now.mask.clone()
-        after[:, : position + 1] = False
+            begin(layer, heads, q.device)
+        after = _beyond(now.mask, token)
         count = after.sum(1).double()
         degrees = torch.einsum("bqhd,bhd->bhq", q.double(), key).clamp(-1, 1).arccos().rad2deg()
         chosen = degrees * after[:, None]
@@ -204,23 +231,35 @@ def angles_measure(
         histograms[layer] += _histogram(degrees, after)
         # Besides the token, a query sees as many keys as its position says.
         pairs = (after * torch.arange(after.shape[1], device=after.device)).sum(1).double()
-        to_others[layer][now.rows] = (_other_angles(q, k, after, position) / pairs[:, None]).cpu()
+        to_others[layer][now.rows] = (_other_angles(q, k, after, token) / pairs[:, None]).cpu()
         mean = torch.einsum("bqhd,bq->bhd", q.double(), after / count[:, None])
         first, second = (axes.to(q.device) for axes in (rotations[layer].first, rotations[layer].second))
         parts = mean[..., first] * key[..., first] + mean[..., second] * key[..., second]
-        cosine[layer] += parts.sum(0).cpu() / n
+        cosine[layer].index_add_(0, (now.rows % n_groups).to(parts.device), parts)
 
     def result() -> BosAngles:
-        after = samples.attention_mask.clone()
-        after[:, : position + 1] = False
-        counts = after.sum(0).double()
+        counts = _beyond(samples.attention_mask, at).sum(0).double()
         counts[counts == 0] = torch.nan
-        means = {layer: total / counts for layer, total in by_position.items()}
+        sizes = torch.arange(n).remainder(n_groups).bincount()[:, None, None]
         return BosAngles(
-            to_sink, to_others, means, histograms, cosine, position, rotated, samples.bos, samples.ids
+            to_sink=to_sink,
+            to_others=to_others,
+            by_position={layer: total / counts for layer, total in by_position.items()},
+            degrees=histograms,
+            cosine={layer: total.sum(0).cpu() / n for layer, total in cosine.items()},
+            cosine_groups={layer: total.cpu() / sizes for layer, total in cosine.items()},
+            position=_stated(at),
+            rotated=rotated,
+            bos=samples.bos,
+            ids=samples.ids,
         )
 
     return Measure(seen.rotated_hooks(rotations, store), result)
+
+
+def _beyond(mask: Tensor, token: Tensor) -> Tensor:
+    """`[batch, pos]`: True at real tokens after the one of each row."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) > token[:, None])
 
 
 def _directions(value: Tensor) -> Tensor:
@@ -240,20 +279,23 @@ def _histogram(degrees: Tensor, counted: Tensor) -> Tensor:
     return torch.bincount(chosen.flatten(), minlength=heads * _DEGREES).view(heads, _DEGREES).cpu()
 
 
-def _other_angles(q: Tensor, k: Tensor, after: Tensor, position: int) -> Tensor:
+def _other_angles(q: Tensor, k: Tensor, after: Tensor, token: Tensor) -> Tensor:
     """`[batch, heads]`, float64: sum of the angles in degrees of each query that counts with every key at or
-    before it but one. Some queries at a time, so that no `[query, key]` is held for a whole row.
+    before it but that of the row's token. Some queries at a time, so that no `[query, key]` is held for a
+    whole row.
     """
     batch, length, heads, _ = q.shape
     cells = _CELLS_ON_CPU if q.device.type == "cpu" else _CELLS
     step = max(1, cells // (batch * heads * length))
     total = torch.zeros(batch, heads, dtype=torch.float64, device=q.device)
-    for start in range(position + 1, length, step):
+    for start in range(int(token.min()) + 1, length, step):
         end = min(start + step, length)
         cosine = torch.einsum("bqhd,bkhd->bhqk", q[:, start:end], k[:, :end])
         visible = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
-        visible[:, position] = False
         angles = cosine.clamp_(-1, 1).arccos_().mul_(visible)
+        # Where the token is not among these keys, no query here counts.
+        its_own = token.clamp_max(end - 1)[:, None, None, None].expand(-1, heads, end - start, 1)
+        angles.scatter_(-1, its_own, 0.0)
         total += torch.einsum("bhq,bq->bh", angles.sum(-1, dtype=torch.float64), after[:, start:end].double())
     return total.rad2deg()
 
@@ -262,7 +304,7 @@ def sink_attention(
     model: Any,
     samples: Samples,
     *,
-    position: int = 0,
+    position: int | Int[Tensor, " rows"] = 0,
     batch_tokens: int | None = None,
     show_progress: bool = True,
 ) -> SinkAttention:
@@ -272,18 +314,19 @@ def sink_attention(
         model: `HookedTransformer` or `TransformerBridge`, in evaluation mode; inside `edit.applied(model)`
             the edited one is measured.
         samples: rows of tokens.
-        position: of the token, the same in every row; 0 is BOS where rows begin with it.
+        position: of the token, counted from 0: one for all rows, or an integer tensor `[rows]` of one for
+            each; 0 is BOS where rows begin with it.
         batch_tokens: most tokens in one batch, padding included.
         show_progress: a progress bar over samples.
 
     Raises:
-        TomsparseError: training mode; a position that some row does not have, or that is its last one; no
-            attention pattern is shown.
+        TomsparseError: training mode; a position that some row does not have, or that is its last one; a
+            tensor of positions that has another shape or no integers; no attention pattern is shown.
     """
     seen = view(model)
-    check_position(seen, samples, position)
+    at = positions_of(seen, samples, position)
     now = Current()
-    measure = attention_measure(seen, samples, now, position=position)
+    measure = attention_measure(seen, samples, now, at=at)
     stream(
         seen, samples, measure.hooks, now,
         description="sink", batch_tokens=batch_tokens, show_progress=show_progress,
@@ -292,22 +335,25 @@ def sink_attention(
 
 
 def attention_measure(
-    seen: ModelView, samples: Samples, now: Current, *, position: int
+    seen: ModelView, samples: Samples, now: Current, *, at: Int64[Tensor, " rows"]
 ) -> Measure[SinkAttention]:
-    """`sink_attention` as a measure, so that others can be taken in the same pass."""
+    """`sink_attention` as a measure, so that others can be taken in the same pass; `at` is the position of
+    the token in each row.
+    """
     attention: dict[int, Tensor] = {}
 
     def store(layer: int, pattern: Tensor) -> None:
-        looks = now.mask.clone()
-        looks[:, :position] = False
-        share = pattern[..., position].double() * looks[:, None]
+        token = at[now.rows].to(now.mask.device)
+        looks = _beyond(now.mask, token - 1)
+        row = torch.arange(len(token), device=token.device)
+        share = pattern[row, :, :, token].double() * looks[:, None]
         kept = attention.setdefault(layer, torch.full((len(samples), pattern.shape[1]), torch.nan).double())
         kept[now.rows] = (share.sum(-1) / looks.sum(1)[:, None]).cpu()
 
     def result() -> SinkAttention:
         if not attention:
             raise TomsparseError(f"{seen.name} shows no attention pattern (hook_pattern never fires).")
-        return SinkAttention(attention, position, samples.bos, samples.ids)
+        return SinkAttention(attention, _stated(at), samples.bos, samples.ids)
 
     return Measure(seen.pattern_hooks(store), result)
 
@@ -367,16 +413,56 @@ def _shifted(layer: int, sinks: Tensor, change: Tensor, threshold: float) -> dic
     return {"layer": layer, "sinks": n, "shifted": share, "low": low, "high": high, "mean_change": mean}
 
 
-def check_position(seen: ModelView, samples: Samples, position: int) -> None:
-    """Refuse training mode, rows that are too long, and a token that some row does not have."""
+def positions_of(
+    seen: ModelView, samples: Samples, position: int | Int[Tensor, " rows"]
+) -> Int64[Tensor, " rows"]:
+    """The position of the token in each row.
+
+    Raises:
+        TomsparseError: training mode; rows that are too long; a position that a row does not have, or that is
+            its last one; a tensor that has another shape or no integers; anything else.
+    """
     seen.require_eval()
     check_samples(seen, samples)
-    shortest = int(samples.lengths.min())
-    if not 0 <= position < shortest - 1:
+    if isinstance(position, Tensor):
+        return _one_each(samples, position)
+    try:
+        same = operator.index(position)
+    except TypeError:
         raise TomsparseError(
-            f"position={position} must be at least 0 and before the last token of every row; the shortest "
+            f"position is a {type(position).__name__}; pass one int for all rows, or an integer tensor with "
+            "one for each row."
+        ) from None
+    shortest = int(samples.lengths.min())
+    if not 0 <= same < shortest - 1:
+        raise TomsparseError(
+            f"position={same} must be at least 0 and before the last token of every row; the shortest "
             f"has {shortest} tokens."
         )
+    return torch.full((len(samples),), same)
+
+
+def _one_each(samples: Samples, position: Tensor) -> Tensor:
+    if position.is_floating_point() or position.is_complex() or position.dtype == torch.bool:
+        raise TomsparseError(f"position has dtype {position.dtype}; positions are integers (torch.int64).")
+    if position.shape != (len(samples),):
+        raise TomsparseError(
+            f"position has shape {tuple(position.shape)} and there are {len(samples)} rows; pass one int for "
+            "all rows, or a tensor with one for each row."
+        )
+    at = position.detach().cpu().long()
+    for row in ((at < 0) | (at >= samples.lengths - 1)).nonzero()[:1, 0].tolist():
+        raise TomsparseError(
+            f"position[{row}]={int(at[row])} must be at least 0 and before the last token of its row; sample "
+            f"{samples.ids[row]!r} has {int(samples.lengths[row])} tokens (padding is none)."
+        )
+    return at
+
+
+def _stated(at: Tensor) -> int | tuple[int, ...]:
+    """Positions as results keep them."""
+    each = tuple(at.tolist())
+    return each[0] if len(set(each)) == 1 else each
 
 
 def check_threshold(value: float) -> None:
@@ -385,8 +471,10 @@ def check_threshold(value: float) -> None:
         raise TomsparseError(f"A threshold of attention lies in [0, 1), not {value}.")
 
 
-def key_name(position: int, bos: bool) -> str:
+def key_name(position: int | tuple[int, ...], bos: bool) -> str:
     """The token that is asked about, in words."""
+    if isinstance(position, tuple):
+        return "the chosen token of each row"
     if position:
         return f"token {position}"
     return "BOS" if bos else "the first token (no BOS)"
