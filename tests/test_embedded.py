@@ -46,6 +46,25 @@ def test_numbers_are_of_these_weights_and_texts_are_of_these_numbers(model, card
     assert readme == card.with_block(readme, card.readme_block(numbers))
 
 
+@pytest.mark.parametrize("name", ["learned", "alibi"])
+def test_cards_of_the_twins_are_of_their_numbers(card, name):
+    folder = ROOT / "training" / "twins" / name
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    config, found = (json.loads((folder / file).read_text()) for file in ("config.json", card.NUMBERS))
+    assert (folder / "README.md").read_text() == card.card(found, config, log)
+    assert view(tt.load_model(folder, device="cpu")).identity().fingerprint == found["fingerprint"]
+
+
+def test_the_bars_of_accuracy_are_reached_and_a_missed_bar_is_said(card, numbers):
+    lines = card.bars(numbers).splitlines()
+    missed = [line for line in lines if "not reached" in line]
+    assert all("milliseconds" in line for line in missed)
+    worse = {**numbers, "second_order_paired": 0.7499}
+    assert [line for line in card.bars(worse).splitlines() if line not in lines] == [
+        "| second order and first order of one story all right | at least 0.75 | 0.750 | **not reached** |"
+    ]
+
+
 @pytest.mark.parametrize("wording", ["seen", "new"])
 def test_accuracies_come_out_again_on_a_part_of_the_questions(model, numbers, wording):
     stories = tt.generate_stories(80, seed=0, split="test", wording=wording)

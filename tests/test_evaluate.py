@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import beta
@@ -106,6 +107,16 @@ def test_packed_stories_give_the_same_scores_for_less_work(kind, backend):
         assert packed.reads.n_tokens < 0.45 * plain.reads.n_tokens
     else:  # HookedTransformer does not take such masks; this is noticed, and rows stay plain
         assert packed.reads.n_tokens == plain.reads.n_tokens
+
+
+def test_packing_changes_nothing_in_the_table_of_scores_but_rounding():
+    model, stories = tiny.model(), [*STORIES, odd_story()]
+    for normalise in ("none", "tokens"):
+        options = {"normalise": normalise, "show_progress": False}
+        plain = score_stories(model, stories, **options)
+        packed = score_stories(model, stories, pack=True, **options)
+        pd.testing.assert_frame_equal(packed.frame, plain.frame, rtol=0, atol=1e-4)
+        assert packed.normalise == normalise
 
 
 def test_a_model_that_does_not_obey_the_mask_is_noticed(monkeypatch):

@@ -13,7 +13,10 @@ import argparse
 import itertools
 import json
 import re
+import statistics
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 
 import tl_tomsparse as tt
 from tl_tomsparse._model import view
+from tl_tomsparse._prepared import prepare_scoring
 from tl_tomsparse.models import EMBEDDED
 from tl_tomsparse.stories import CATEGORIES, Story
 
@@ -30,6 +34,7 @@ NUMBERS = "evaluation.json"
 LOG = Path(__file__).parent / "log.jsonl"
 INDEPENDENT = Path(__file__).parent / "independent.jsonl"
 README = Path(__file__).parents[1] / "README.md"
+FEW = 5.0  # milliseconds that "a few milliseconds" are taken to be at most
 BEGIN, END = "<!-- numbers: written by training/card.py -->", "<!-- end of numbers -->"
 
 
@@ -68,7 +73,7 @@ def measured(model: object, wording: str, n: int) -> tuple[pd.DataFrame, list[St
 
 def accuracies(model: object, stories: list[Story]) -> pd.DataFrame:
     """Accuracy by category, and paired accuracy as one more row."""
-    scores = tt.score_stories(model, stories, show_progress=False)
+    scores = tt.score_stories(model, stories, pack=True, show_progress=False)
     paired = (
         scores.paired()
         .query("subset == 'false_belief_stories'")
@@ -81,9 +86,8 @@ def accuracies(model: object, stories: list[Story]) -> pd.DataFrame:
 
 def second_order_paired(model: object, stories: list[Story]) -> float:
     """Share of stories whose first- and second-order questions are all right, where agents differ."""
-    scores = tt.score_stories(
-        model, stories, categories=("false_belief", "true_belief", "second_order"), show_progress=False
-    )
+    categories = ("false_belief", "true_belief", "second_order")
+    scores = tt.score_stories(model, stories, categories=categories, pack=True, show_progress=False)
     telling = scores.paired_stories().query("tells_apart").story_id
     frame = scores.frame[scores.frame.story_id.isin(telling)]
     return float(frame.groupby("story_id").correct.all().mean())
@@ -145,6 +149,55 @@ def by_distance(model: object) -> list[dict[str, Any]]:
     ]
 
 
+def milliseconds(run: Callable[[], object]) -> float:
+    """CPU time, so that other work on the machine counts little."""
+    start = time.process_time()
+    run()
+    return 1e3 * (time.process_time() - start)
+
+
+@torch.inference_mode()
+def answer_times(model: object, stories: list[Story], repeats: int = 5) -> dict[str, Any]:
+    """Median CPU milliseconds of one answer on one thread, and the tokens computed for it, for each way to ask."""
+    samples = tt.story_samples(model, stories)
+    asked = samples.attention_mask & ~samples.supervised  # without the answer
+    prompts = [tokens[mask][None] for tokens, mask in zip(samples.tokens, asked)]
+    plain, packed = (prepare_scoring(model, stories, pack=pack) for pack in (False, True))
+    n = len(plain.questions)
+
+    def a_question(run: Callable[[], object]) -> float:
+        return statistics.median(milliseconds(run) for _ in range(repeats)) / n
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for prompt in prompts[:5]:
+            model(prompt)  # the first passes are slower
+        times = {
+            "alone": statistics.median(
+                milliseconds(lambda prompt=prompt: model(prompt)) for prompt in prompts
+            ),
+            "plain": a_question(lambda: tt.score_stories(model, stories, show_progress=False)),
+            "packed": a_question(lambda: tt.score_stories(model, stories, pack=True, show_progress=False)),
+            "prepared": a_question(lambda: packed.outcome(model)),
+        }
+    finally:
+        torch.set_num_threads(threads)
+    tokens = {
+        "alone": float(asked.sum(1).float().mean()),
+        "plain": plain.reads.n_tokens / n,
+        "packed": packed.reads.n_tokens / n,
+        "prepared": packed.reads.n_tokens / n,
+    }
+    return {
+        "prompts": len(prompts),
+        "stories": len(stories),
+        "questions": n,
+        "repeats": repeats,
+        **{way: {"milliseconds": times[way], "tokens": tokens[way]} for way in times},
+    }
+
+
 def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
     """All numbers of the card, from the model in a folder."""
     from data import LONG, STAGES  # beside this file, which is on the path when it is a script
@@ -169,6 +222,7 @@ def measure(folder: Path, log: list[dict[str, Any]], n: int) -> dict[str, Any]:
         "lookup": lookup(model, 300),
         "by_distance": by_distance(model),
         "longest_row": max((*STAGES, *LONG)[entry["stage"]].width for entry in log if "loss" in entry),
+        "answer_times": answer_times(model, stories[:50]),
         "perplexity": tt.perplexity(model, windows, show_progress=False).value,
         "sink": {"attention": attention, "layer": layer, "head": head},
         "tokens": log[-1]["tokens"],
@@ -205,6 +259,95 @@ def table(rows: list[dict[str, Any]]) -> str:
         name = tt.plot.LABELS[row["category"]]
         lines.append(f"| {name} | {row['n']} | {row['accuracy']:.3f} | {interval} | {row['chance']:.2f} |")
     return "\n".join(lines)
+
+
+def bars(numbers: dict[str, Any]) -> str:
+    """What was asked of the model, as Markdown."""
+    seen, new = ({row["category"]: row for row in numbers[wording]} for wording in ("seen", "new"))
+    recall = [row["recall"] for row in (*numbers["lookup"], *numbers["by_distance"])]
+    fewest = min(row["n"] for rows in (seen, new) for row in rows.values())
+    rows = [
+        (tt.plot.LABELS[name], seen[name]["accuracy"], bar)
+        for name, bar in (
+            ("reality", 0.98),
+            ("memory", 0.95),
+            ("true_belief", 0.95),
+            ("false_belief", 0.95),
+            ("paired", 0.90),
+            ("second_order", 0.85),
+        )
+    ]
+    rows += [
+        ("second order and first order of one story all right", numbers["second_order_paired"], 0.75),
+        ("all agents of a story, wordings kept from training", new["paired"]["accuracy"], 0.80),
+        ("key-value recall, the worst distance", min(recall), 0.95),
+    ]
+    lines = ["| what | asked | value | |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | at least {bar:.2f} | {value:.3f} | {reached(value >= bar)} |"
+        for name, value, bar in rows
+    ]
+    lines.append(
+        f"| questions of each kind about stories (for all agents: stories), the fewest | at least 500 | {fewest} | {reached(fewest >= 500)} |"
+    )
+    for name, label in WAYS.items():
+        value = numbers["answer_times"][name]["milliseconds"]
+        lines.append(
+            f"| CPU milliseconds an answer, {label} | at most {FEW:.0f} | {value:.2f} | {reached(value <= FEW)} |"
+        )
+    attention = numbers["sink"]["attention"]
+    lines.append(
+        f"| attention to BOS of the head with most | reported; visible above 0.3 | {attention:.3f} | {'' if attention > 0.3 else 'not '}visible |"
+    )
+    counts = [row["n"] for row in (*numbers["lookup"], *numbers["by_distance"])]
+    return (
+        "\n".join(lines)
+        + f"\n\nKey-value recall rests on {sum(counts)} questions in all, from {min(counts)} to {max(counts)} at one distance; it was measured on one set of questions, not three."
+    )
+
+
+def reached(yes: bool) -> str:
+    """Whether a bar was reached, as the table says it."""
+    return "reached" if yes else "**not reached**"
+
+
+WAYS = {
+    "alone": "one prompt by itself",
+    "plain": "stories, every prompt a row",
+    "packed": "stories, packed",
+    "prepared": "stories, packed and prepared before",
+}
+
+
+def timing(numbers: dict[str, Any]) -> str:
+    """How long an answer takes, as Markdown."""
+    times = numbers["answer_times"]
+    lines = ["| way to ask | CPU milliseconds an answer | tokens an answer |", "|---|---|---|"]
+    lines += [
+        f"| {label} | {times[name]['milliseconds']:.2f} | {times[name]['tokens']:.1f} |"
+        for name, label in WAYS.items()
+    ]
+    within = [label for name, label in WAYS.items() if times[name]["milliseconds"] <= FEW]
+    bar = f"An answer in a few milliseconds, taken as {FEW:.0f} at most, "
+    bar += f"is reached by: {'; '.join(within)}." if within else "is **not reached** by any of these."
+    beyond = [label for name, label in WAYS.items() if label not in within]
+    bar += f" It is **not reached** by: {'; '.join(beyond)}." if within and beyond else ""
+    if times["packed"]["tokens"] == times["plain"]["tokens"]:
+        bar += " This model does not obey the masks of packed rows, so packing gives it plain rows."
+    return (
+        f"""CPU time of the process on one thread, in float32, medians. These timings depend on the machine and on what else it does.
+
+* One prompt by itself: one pass of the model (`model(tokens)`) over each of {times["prompts"]} prompts that are tokens already.
+* Stories: all of `score_stories` (from text to table) on {times["stories"]} stories with {times["questions"]} questions, {times["repeats"]} times, divided by the questions.
+* Packed: the same with `pack=True`, where the questions of a story share its tokens.
+* Packed and prepared before: stories are made into tokens, and it is tried whether they may be packed, once; what is timed is to ask them again, as sweeps
+  and studies do under each edit, and `prepare_battery(..., pack=True)` for you.
+
+"""
+        + "\n".join(lines)
+        + "\n\n"
+        + bar
+    )
 
 
 def tracks(numbers: dict[str, Any]) -> str:
@@ -303,6 +446,12 @@ def card(numbers: dict[str, Any], config: dict[str, Any], log: list[dict[str, An
         if "run" in numbers
         else ""
     )
+    choice = (
+        """; of two models that were trained, the one that was better on those
+with these names is this one, see `training/README.md`"""
+        if config["model_type"] not in TWINS
+        else ""
+    )
     return f"""{introduction(config)}
 How it tells agents apart was not left to chance: training supervised, beside the answers, who sees what, whom a question is about, and where one head of
 the last layer looks (see `training/`). What is found about that mechanism shows what the tools see, not what networks choose by themselves.
@@ -311,6 +460,12 @@ the last layer looks (see `training/`). What is found about that mechanism shows
 * trained on {numbers["tokens"] / 1e6:.0f} million tokens in {numbers["steps"]} steps; see `training/`
 * fingerprint {numbers["fingerprint"]}
 * licence: MIT, as the package; no third-party text or weights
+
+## Bars
+
+What was asked of the embedded model before it was trained, and what came out. A bar is reached if the value is; intervals and what the words mean are below.
+
+{bars(numbers)}
 
 ## Held-out answers
 
@@ -329,8 +484,7 @@ Wordings kept from training:
 {table(numbers["new"])}
 
 Stories by another hand (`training/independent.jsonl`: 250 transfer stories with these names and 250 with others, two or three agents, of a generator
-that was written without sight of this package's wordings and never used in training; their places are this package's; of two models that were trained, the one that was better on those
-with these names is this one, see `training/README.md`). With the names of this package:
+that was written without sight of this package's wordings and never used in training; their places are this package's{choice}). With the names of this package:
 
 {table(numbers["independent"]["lexicon"])}
 
@@ -348,6 +502,10 @@ What rules of thumb would score on the same questions (seen wordings):
 | rule | {labels} |
 |---|{"---|" * len(names)}
 {rules}
+
+## Time of an answer
+
+{timing(numbers)}
 
 {main_job}## Along training (dev split, few questions)
 
