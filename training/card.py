@@ -141,11 +141,15 @@ def lookup(model: object, n: int) -> list[dict[str, float]]:
 
 
 def by_distance(model: object) -> list[dict[str, Any]]:
-    """Key-value recall among four colours, by distance in tokens up to three quarters of the context."""
-    found = tt.battery(model, tasks=["key_value"], n_localisation=100, seed=7)
+    """Key-value recall among four colours, by distance in tokens up to three quarters of the context; all seeds."""
+    found = [tt.battery(model, tasks=["key_value"], n_localisation=170, seed=seed).frame for seed in SEEDS]
     return [
-        {"distance": int(row.subset), "n": int(row.n), "recall": float(row.score)}
-        for row in found.frame.itertuples()
+        {
+            "distance": int(distance),
+            "n": int(rows.n.sum()),
+            "recall": float((rows.score * rows.n).sum() / rows.n.sum()),
+        }
+        for distance, rows in pd.concat(found).groupby("subset", sort=False)
     ]
 
 
@@ -299,10 +303,10 @@ def bars(numbers: dict[str, Any]) -> str:
     lines.append(
         f"| attention to BOS of the head with most | reported; visible above 0.3 | {attention:.3f} | {'' if attention > 0.3 else 'not '}visible |"
     )
-    counts = [row["n"] for row in (*numbers["lookup"], *numbers["by_distance"])]
+    asked, shortest = ([row["n"] for row in numbers[name]] for name in ("by_distance", "lookup"))
     return (
         "\n".join(lines)
-        + f"\n\nKey-value recall rests on {sum(counts)} questions in all, from {min(counts)} to {max(counts)} at one distance; it was measured on one set of questions, not three."
+        + f"\n\nThe worst distance is of both ways to ask for key-value recall below: {min(asked)} items at each distance among four options, of three seeds, and {min(shortest)} to {max(shortest)} next tokens at a distance in texts, of one."
     )
 
 
@@ -493,7 +497,7 @@ With other names:
 {table(numbers["independent"]["other"])}
 
 First- and second-order questions of one story all right together: {numbers["second_order_paired"]:.3f}. Key-value recall (next token, held-out texts):
-{recall}. Among four options (`tt.battery`, {numbers["by_distance"][0]["n"]} items each): {far} tokens; rows of training have at most {numbers["longest_row"]}.
+{recall}. Among four options (`tt.battery`, {numbers["by_distance"][0]["n"]} items each, seeds {", ".join(map(str, SEEDS))}): {far} tokens; rows of training have at most {numbers["longest_row"]}.
 Perplexity of held-out generated text: {numbers["perplexity"]:.2f}. Attention sink: the head that looks most at BOS is L{at["layer"]}H{at["head"]},
 with mean attention {at["attention"]:.3f}.
 
