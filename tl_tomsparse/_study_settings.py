@@ -68,7 +68,7 @@ class StudySettings:
             self,
             stories=64,
             dev_stories=12,
-            test_stories=40,
+            test_stories=32,
             windows=40,
             random_masks=19,
             few_masks=3,
