@@ -44,7 +44,7 @@ def study_html(study: Study) -> str:
         "mask in red, masks of other tasks, labels and stories in blue, random masks in grey (range over "
         "seeds), other operators on the mask and trained weights in orange.</p>",
         figures.add(plot.study_arms(study), width=_WIDE),
-        "<h2>Dose and rescue</h2>",
+        "<h2>Dose, factor and rescue</h2>",
         figures.add(plot.study_doses(study), width=_WIDE),
         "<h2>What masks have in common</h2>",
         "<p>The mask with the other masks at the same kappa, and masks from disjoint parts of the stories "
