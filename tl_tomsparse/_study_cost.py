@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _GRADIENT = 3  # passes forward that one forward and back is worth
 
 
-def cost(model: Any, material: Material, settings: StudySettings, processes: int) -> str:
+def cost(model: Any, material: Material, settings: StudySettings) -> str:
     """In words; the time is that of the faster of two passes over the held-out text, for as many tokens as
     there are to read.
     """
@@ -22,10 +22,9 @@ def cost(model: Any, material: Material, settings: StudySettings, processes: int
     gradients = sum(int(samples.attention_mask.sum()) for samples in material.tasks.values())
     a_pass = min(_timed(material, model) for _ in range(2))  # the first one warms up
     seconds = a_pass / material.text.reads.n_tokens * (arms * each + _GRADIENT * gradients)
-    together = f" ({processes} processes share it)" if processes > 1 else ""
     return (
         f"To do: sensitivities to {len(material.tasks)} sets of samples ({gradients:,} tokens), and up to "
-        f"{arms} edits on {each:,} tokens each, some {duration(seconds)} of one process{together}; then "
+        f"{arms} edits on {each:,} tokens each, some {duration(seconds)} in one process; then "
         "training, predicted losses, heads and localisation. What is finished is not done again."
     )
 

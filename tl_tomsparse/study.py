@@ -191,7 +191,7 @@ def study(
     seen.keys(settings.matrices)
     progress("Making stories and texts")
     material = make_material(model, settings, own)
-    progress(cost(model, material, settings, processes))
+    progress(cost(model, material, settings))
     with opened_folder(out):
         facts: dict[str, Any] = claim_folder(
             out,
