@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from family import common, made, rope
-from scipy.stats import bootstrap
+from scipy.stats import binom, bootstrap
 from test_edit import a_mask
 from test_rotary import SPIED, queries_and_keys, some_samples
 from torch import Tensor
@@ -303,9 +303,14 @@ def test_the_interval_of_the_rate_is_that_of_prompts_drawn_again() -> None:
     frame = sinks.to_frame(eps=0.2, seed=7).set_index(["layer", "head"])
     for (layer, head), row in frame.iterrows():
         above = [float(float(a) > 0.2) for a in values[layer][:, head]]
-        drawn = [sum(k * one for k, one in zip(times, above)) / n for times in counts]
         assert row.rate == pytest.approx(np.mean(above))
-        assert (row.rate_low, row.rate_high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+        # One yes or no a sample: at the ends, k of n is as likely as a tail of 2.5 % allows.
+        k = int(sum(above))
+        if k:
+            assert binom.sf(k - 1, n, row.rate_low) == pytest.approx(0.025)
+        if k < n:
+            assert binom.cdf(k, n, row.rate_high) == pytest.approx(0.025)
+        assert row.rate_low < row.rate_high
     with pytest.raises(tt.TomsparseError, match=r"lies in \[0, 1\)"):
         sinks.rate_interval(1.0)
 

@@ -223,6 +223,9 @@ def test_what_the_mask_does_to_second_order_beliefs_is_a_claim() -> None:
     assert found.status == "supported"
     assert "lowers accuracy about second-order beliefs" in found.sentence
     assert statuses()["transfers_to_second_order"] == "not supported"
+    guessed = evidence(before={"second_order": 0.5})["transfers_to_second_order"]
+    assert guessed.status == "not testable"
+    assert "not shown to be above chance about second-order beliefs" in guessed.sentence
 
 
 @pytest.mark.parametrize("true", [0.05, 2.0, -0.5])
@@ -241,6 +244,7 @@ def test_losses_of_one_group_of_stories_are_drawn_again_together() -> None:
     [
         ("tuning_helps", {"tuned": 0.75, "tuned_random": 0.3}),
         ("amplifying_helps", {"operator_amplify": 0.75, "operator_amplify_random": 0.3}),
+        ("amplifying_helps", {"operator_amplify": 0.81, "operator_amplify_random": 0.3}),
         ("rescue", {"rescue_0.5": 0.3, "rescue_0.5_random": 0.05}),
         ("rescue", {"mask": 0.9, "rescue_0.5": 0.99, "rescue_0.5_random": 0.6}),
         ("more_than_lowest", {"mask": 0.85, "lowest": 0.99}),
@@ -253,7 +257,10 @@ def test_better_than_another_is_not_enough_where_the_sentence_says_more(
     given = {name: {"false_belief": rate} for name, rate in rates.items()}
     found = evidence(given, before={"false_belief": 0.8})[claim]
     assert found.p is not None
-    assert found.p < 0.05
+    if claim.endswith("helps"):
+        assert found.low > 0  # more than random ones do
+    else:
+        assert found.p < 0.05
     assert found.status == "not supported"
 
 

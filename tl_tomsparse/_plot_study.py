@@ -279,7 +279,7 @@ def label(family: str) -> str:
     words = {
         "mask": "the mask",
         "general_only": "general text alone",
-        "tom_only": "the task alone",
+        "tom_only": "the task, general text left in",
         "other_stories": "other stories",
         "new_wording": "other wordings",
         "transfer": "transfer stories alone",
@@ -314,7 +314,7 @@ def _with_legend_below(figure: go.Figure) -> go.Figure:
 
 
 def _colour(family: str) -> str:
-    if family == "mask":
+    if family in ("mask", "tom_only"):
         return _RED
     if family.endswith("_random") or family.startswith("random"):
         return GREY

@@ -12,13 +12,15 @@
                              second-order answers
     transfers_from_wordings  a mask made from stories in other wordings lowers false belief in these
     diagonal_predicts        the true change of the loss is within a factor of 2 of what the diagonal predicts
-    amplifying_helps         1.5 times the masked weights raises false-belief accuracy more than random ones
-    tuning_helps             the trained mask raises false-belief accuracy more than trained random masks
+    amplifying_helps         1.5 times the masked weights raises false-belief accuracy, and more than 1.5
+                             times random ones
+    tuning_helps             the trained mask raises false-belief accuracy, and more than trained random masks
 
 The last two are not testable where accuracy cannot rise.
 
 A comparison is supported only where its sentence is true of the numbers too: what falls more has fallen, what
-gives back more gives back some of a fall, what helps more has helped.
+gives back more gives back some of a fall; what helps more has the larger p-value of that and of having
+helped. What a transfer asks about must be answered above chance.
 
 Every claim that has no obstacle is one of a family with Holm-adjusted p-values at 0.05. "paper" says where
 arXiv 2504.04238 stands; "not asked" where it has no such control.
@@ -32,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tl_tomsparse._intervals import ClusterBootstrap, Estimate
+from tl_tomsparse._intervals import ClusterBootstrap, Estimate, proportion_interval
 from tl_tomsparse._overlap import Overlap
 from tl_tomsparse._study_arms import DOSES, FEW
 from tl_tomsparse._study_compare import SCENARIOS, Comparer
@@ -54,7 +56,7 @@ PAPER = {
     "prose_stays": "says that language understanding suffers",
 }
 _ASKED = {
-    "false_belief": "false beliefs in these",
+    "false_belief": "false beliefs in the stories that are asked about",
     SCENARIOS["transfer"]: "false beliefs in transfer stories",
     SCENARIOS["contents"]: "false beliefs in contents stories",
     "second_order": "second-order beliefs",
@@ -330,6 +332,15 @@ class _Maker:
         name, asked = f"transfers_{to}", _ASKED[measure]
         if measure not in self.compare.measures.names:
             return name, _NONE, Test(name, f"no question about {asked} is asked.", 1.0, False, str)
+        right = self.compare.counts("before", measure).sum()
+        n = self.compare.measures.totals[measure].sum()
+        low, _ = proportion_interval(int(right), int(n))
+        if low <= (chance := self._chance(measure)):
+            obstacle = (
+                f"the unedited model is not shown to be above chance about {asked}, so nothing can be "
+                f"damaged: {percent(right / n)} of {n:.0f}, chance {percent(chance)}."
+            )
+            return name, _NONE, Test(name, obstacle, 1.0, False, str)
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "lowers" if yes else "is not shown to lower"
@@ -342,6 +353,12 @@ class _Maker:
             Estimate.p_below,
             sentence,
         )
+
+    def _chance(self, measure: str) -> float:
+        """What guessing gives; the false beliefs of one scenario are like all of them."""
+        rows = self.evidence.effect.accuracy
+        asked = "false_belief" if measure in SCENARIOS.values() else measure
+        return float(rows[(rows.arm == "before") & (rows.measure == asked)].chance.iloc[0])
 
     def _diagonal(self) -> tuple[str, Estimate, Test]:
         loss, name = self.evidence.loss, "diagonal_predicts"
@@ -403,13 +420,16 @@ class _Maker:
                 f"{with_random} ({in_points(found)})."
             )
 
+        def p(found: Estimate) -> float:
+            gain = self.compare.change(family, "before", "false_belief")
+            return max(found.p_above(), gain.p_above())
+
         return self._test(
             name,
             (family, random),
             lambda: self.compare.change(family, random, "false_belief"),
-            Estimate.p_above,
+            p,
             sentence,
-            lambda: self._higher(family, "before"),
             few=random,
         )
 

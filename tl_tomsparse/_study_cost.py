@@ -25,7 +25,8 @@ def cost(model: Any, material: Material, settings: StudySettings) -> str:
     return (
         f"To do: sensitivities to {len(material.tasks)} sets of samples ({gradients:,} tokens), and up to "
         f"{arms} edits on {each:,} tokens each, some {duration(seconds)} in one process; then "
-        "training, predicted losses, heads and localisation. What is finished is not done again."
+        "training, predicted losses, heads and localisation, and the choice of kappa where it is not given. "
+        "What is finished is not done again."
     )
 
 

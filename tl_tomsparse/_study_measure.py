@@ -202,7 +202,7 @@ def mask_overlaps(
     found = {
         control: add("mask", control, 1.0, overlap(masks["mask"], other, without=general))
         for control, other in masks.items()
-        if control != "mask"
+        if control not in ("mask", "tom_only")  # of which the mask is a part
     }
     told = {"seeds": found["other_stories"]} if "other_stories" in found else {}
     width = 1

@@ -30,8 +30,8 @@ class StudySettings:
         kappa: sparsity of all masks; None chooses it on dev stories.
         matrices: which weights.
         random_masks: random masks of each kind; a claim needs at least 19.
-        few_masks: of these, how many are beside each operator and dose, and have their change of the loss
-            predicted.
+        few_masks: of these, how many are beside each dose and operator (but five beside amplifying, about
+            which there is a claim), and have their change of the loss predicted.
         tune_steps: updates when masked weights are trained.
         head_stories: stories on which heads are found, and as many on which they are measured; 0 leaves heads
             out.

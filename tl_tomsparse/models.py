@@ -66,7 +66,7 @@ def load_model(
 
     Returns:
         `TransformerBridge` or `HookedTransformer`, in evaluation mode, weights not processed. A warning says
-        so if `self_check(model, cheap=True)` finds that nothing here works on it.
+        so if `self_check(model, cheap=True)` finds a fault.
 
     Raises:
         TomsparseError: no such model or directory, something missing in it, no network, an architecture that
@@ -99,7 +99,9 @@ def load_model(
     model.cfg.model_name = name
     report = self_check(model, cheap=True)
     if not report.ok:
-        warnings.warn(f"The model is loaded, but this package cannot work on it: {report}", stacklevel=2)
+        warnings.warn(
+            f"The model is loaded, but what is found on it may be wrong or be refused: {report}", stacklevel=2
+        )
     return model
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
@@ -117,7 +118,7 @@ class SinkAttention:
 
     def rate_interval(self, eps: float = 0.3, *, seed: int = 0) -> tuple[float, float]:
         """The ends of the 95 % bootstrap interval of `rate` over samples; all heads of a sample are drawn
-        together.
+        together. Of no width where all samples have the same share, which few samples may have by chance.
 
         Args:
             eps: as for `rate`.
@@ -132,8 +133,9 @@ class SinkAttention:
         return torch.cat([(a > eps).double() for a in self.attention.values()], 1)
 
     def to_frame(self, *, eps: float = 0.3, seed: int = 0) -> pd.DataFrame:
-        """One row a layer and head: mean attention (low, high), and the share of samples in which it exceeds
-        eps, rate (rate_low, rate_high); each with a 95 % bootstrap interval over samples.
+        """One row a layer and head: mean attention with its 95 % bootstrap interval over samples (low, high),
+        and the share of samples in which it exceeds eps, rate, with its exact binomial one (rate_low,
+        rate_high).
         """
         import pandas as pd
 
@@ -142,8 +144,10 @@ class SinkAttention:
         for layer, values in self.attention.items():
             mean, low, high = mean_intervals(values.numpy(), seed=seed)
             columns = {"layer": layer, "head": range(values.shape[1]), "attention": mean, "low": low}
-            rate, rate_low, rate_high = mean_intervals((values > eps).double().numpy(), seed=seed)
-            columns |= {"high": high, "rate": rate, "rate_low": rate_low, "rate_high": rate_high}
+            above = (values > eps).sum(0)
+            ends = np.array([proportion_interval(int(k), len(values)) for k in above])
+            columns |= {"high": high, "rate": (above / len(values)).double()}
+            columns |= {"rate_low": ends[:, 0], "rate_high": ends[:, 1]}
             frames.append(pd.DataFrame(columns))
         return pd.concat(frames, ignore_index=True)
 

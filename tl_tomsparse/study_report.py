@@ -41,7 +41,8 @@ def study_html(study: Study) -> str:
         "arXiv 2504.04238.</p>",
         "<h2>Every edit</h2>",
         f"<p>{facts['n_arms']} edits of one model on {facts['n_questions']} held-out questions. The "
-        "mask in red, masks of other tasks, labels and stories in blue, random masks in grey (range over "
+        "mask in red, with and without what general text shares, masks of other tasks, labels and stories in "
+        "blue, random masks in grey (range over "
         "seeds), other operators on the mask and trained weights in orange.</p>",
         figures.add(plot.study_arms(study), width=_WIDE),
         "<h2>Dose, factor and rescue</h2>",

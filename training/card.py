@@ -292,7 +292,7 @@ def bars(numbers: dict[str, Any]) -> str:
         for name, value, bar in rows
     ]
     lines.append(
-        f"| questions of each kind about stories (for all agents: stories), the fewest | at least 500 | {fewest} | {reached(fewest >= 500)} |"
+        f"| questions of each kind about generated stories (for all agents: stories), the fewest | at least 500 | {fewest} | {reached(fewest >= 500)} |"
     )
     for name, label in WAYS.items():
         value = numbers["answer_times"][name]["milliseconds"]
