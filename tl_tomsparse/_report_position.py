@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tl_tomsparse import plot
 from tl_tomsparse._report_parts import Figures, claims_table
-from tl_tomsparse.sink import key_name
+from tl_tomsparse._sink_token import key_name
 
 if TYPE_CHECKING:
     from tl_tomsparse.pipeline import RunResult

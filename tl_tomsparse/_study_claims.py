@@ -38,45 +38,10 @@ from tl_tomsparse._intervals import ClusterBootstrap, Estimate, proportion_inter
 from tl_tomsparse._overlap import Overlap
 from tl_tomsparse._study_arms import DOSES, FEW
 from tl_tomsparse._study_compare import SCENARIOS, Comparer
+from tl_tomsparse._study_words import ASKED, NAMES, PAPER
 from tl_tomsparse.effect import Effect
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.verdict import ALPHA, Claim, Test, decide, gather, percent
-
-PAPER = {
-    "tracks_beliefs": "says so of its models",
-    "false_belief_falls": "says so",
-    "more_than_random": "says so, against one random mask",
-    "true_belief_stays": "not reported apart",
-    "reality_stays": "not reported apart",
-    "perplexity_stays": "says that language understanding suffers",
-    "dose": "shows a sweep",
-    "diagonal_predicts": "assumes it",
-    "key_value_falls": "says that contextual localisation suffers",
-    "induction_falls": "says that contextual localisation suffers",
-    "prose_stays": "says that language understanding suffers",
-}
-_ASKED = {
-    "false_belief": "false beliefs in the stories that are asked about",
-    SCENARIOS["transfer"]: "false beliefs in transfer stories",
-    SCENARIOS["contents"]: "false beliefs in contents stories",
-    "second_order": "second-order beliefs",
-}
-_NAMES = {
-    "random_total": "random masks of equal size over all matrices",
-    "random_row": "random masks with as many entries at each input channel",
-    "random_column": "random masks with as many entries at each output channel",
-    "random_pair": "random masks with as many entries at each rotary pair",
-    "random_magnitude": "random masks of weights of the same size",
-    "random_change": "random masks that change the weights as much",
-    "general_only": "the mask of general text alone",
-    "lowest": "the mask of the lowest sensitivities",
-    "wrong_labels": "a mask made with wrong answers",
-    "shuffled_labels": "a mask made with random answers",
-    "last_token": "a mask made with the prompt's last token in place of the answer",
-    "false_photograph": "the mask of false photographs",
-    "key_value": "the mask of key-value recall",
-    "counting": "the mask of counting in words",
-}
 
 
 @dataclass(frozen=True)
@@ -234,12 +199,12 @@ class _Maker:
             (family,),
             lambda: self.compare.change("mask", family, "false_belief"),
             Estimate.p_below,
-            self._below(family, _NAMES.get(family, family.replace("_", " "))),
+            self._below(family, NAMES.get(family, family.replace("_", " "))),
             holds,
         )
 
     def _control(self, family: str) -> tuple[str, Estimate, Test]:
-        what = _NAMES.get(family, f"the mask of {family.replace('_', ' ')}")
+        what = NAMES.get(family, f"the mask of {family.replace('_', ' ')}")
         what += f" ({self.evidence.sizes.get(family, 0)} weights)"
         return self._test(
             f"more_than_{family}",
@@ -329,7 +294,7 @@ class _Maker:
         return name, estimate, Test(name, None, found.p, True, sentence)
 
     def _transfers(self, to: str, family: str, of: str, measure: str) -> tuple[str, Estimate, Test]:
-        name, asked = f"transfers_{to}", _ASKED[measure]
+        name, asked = f"transfers_{to}", ASKED[measure]
         if measure not in self.compare.measures.names:
             return name, _NONE, Test(name, f"no question about {asked} is asked.", 1.0, False, str)
         right = self.compare.counts("before", measure).sum()

@@ -25,12 +25,12 @@ from tl_tomsparse._checks import TomsparseError, check_positive
 from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._points import json_rows
 from tl_tomsparse._position_changes import Clusters, Comparison, Position, measure_position, summary
+from tl_tomsparse._sink_token import check_threshold, positions_of
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.enrichment import Kind, mask_by_frequency, mask_rank, share_at_frequencies
 from tl_tomsparse.mask import Match, SparseMask
 from tl_tomsparse.rotary import FrequencyNorms
 from tl_tomsparse.samples import Samples
-from tl_tomsparse.sink import check_threshold, positions_of
 
 if TYPE_CHECKING:
     import pandas as pd

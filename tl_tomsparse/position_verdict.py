@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tl_tomsparse._checks import check_choice
-from tl_tomsparse.sink import key_name
+from tl_tomsparse._sink_token import key_name
 from tl_tomsparse.verdict import ALPHA, Claim, Test, decide, percent
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ about why a token is a sink.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,10 @@ from torch import Tensor
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import mean_intervals, proportion_interval
 from tl_tomsparse._model import ModelView, view
+from tl_tomsparse._sink_token import check_threshold, key_name, positions_of, stated
 from tl_tomsparse._stream import Current, Measure, stream
 from tl_tomsparse.rotary import GROUPS, with_rotation
-from tl_tomsparse.samples import Samples, check_samples
+from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,7 +252,7 @@ def angles_measure(
             degrees=histograms,
             cosine={layer: total.sum(0).cpu() / n for layer, total in cosine.items()},
             cosine_groups={layer: total.cpu() / sizes for layer, total in cosine.items()},
-            position=_stated(at),
+            position=stated(at),
             rotated=rotated,
             bos=samples.bos,
             ids=samples.ids,
@@ -357,7 +357,7 @@ def attention_measure(
     def result() -> SinkAttention:
         if not attention:
             raise TomsparseError(f"{seen.name} shows no attention pattern (hook_pattern never fires).")
-        return SinkAttention(attention, _stated(at), samples.bos, samples.ids)
+        return SinkAttention(attention, stated(at), samples.bos, samples.ids)
 
     return Measure(seen.pattern_hooks(store), result)
 
@@ -415,70 +415,3 @@ def _shifted(layer: int, sinks: Tensor, change: Tensor, threshold: float) -> dic
     share = moved / n if n else float("nan")
     mean = float(change[sinks].mean()) if n else float("nan")
     return {"layer": layer, "sinks": n, "shifted": share, "low": low, "high": high, "mean_change": mean}
-
-
-def positions_of(
-    seen: ModelView, samples: Samples, position: int | Int[Tensor, " rows"]
-) -> Int64[Tensor, " rows"]:
-    """The position of the token in each row.
-
-    Raises:
-        TomsparseError: training mode; rows that are too long; a position that a row does not have, or that is
-            its last one; a tensor that has another shape or no integers; anything else.
-    """
-    seen.require_eval()
-    check_samples(seen, samples)
-    if isinstance(position, Tensor):
-        return _one_each(samples, position)
-    try:
-        same = operator.index(position)
-    except TypeError:
-        raise TomsparseError(
-            f"position is a {type(position).__name__}; pass one int for all rows, or an integer tensor with "
-            "one for each row."
-        ) from None
-    shortest = int(samples.lengths.min())
-    if not 0 <= same < shortest - 1:
-        raise TomsparseError(
-            f"position={same} must be at least 0 and before the last token of every row; the shortest "
-            f"has {shortest} tokens."
-        )
-    return torch.full((len(samples),), same)
-
-
-def _one_each(samples: Samples, position: Tensor) -> Tensor:
-    if position.is_floating_point() or position.is_complex() or position.dtype == torch.bool:
-        raise TomsparseError(f"position has dtype {position.dtype}; positions are integers (torch.int64).")
-    if position.shape != (len(samples),):
-        raise TomsparseError(
-            f"position has shape {tuple(position.shape)} and there are {len(samples)} rows; pass one int for "
-            "all rows, or a tensor with one for each row."
-        )
-    at = position.detach().cpu().long()
-    for row in ((at < 0) | (at >= samples.lengths - 1)).nonzero()[:1, 0].tolist():
-        raise TomsparseError(
-            f"position[{row}]={int(at[row])} must be at least 0 and before the last token of its row; sample "
-            f"{samples.ids[row]!r} has {int(samples.lengths[row])} tokens (padding is none)."
-        )
-    return at
-
-
-def _stated(at: Tensor) -> int | tuple[int, ...]:
-    """Positions as results keep them."""
-    each = tuple(at.tolist())
-    return each[0] if len(set(each)) == 1 else each
-
-
-def check_threshold(value: float) -> None:
-    """Refuse what is no share of attention."""
-    if not 0 <= value < 1:
-        raise TomsparseError(f"A threshold of attention lies in [0, 1), not {value}.")
-
-
-def key_name(position: int | tuple[int, ...], bos: bool) -> str:
-    """The token that is asked about, in words."""
-    if isinstance(position, tuple):
-        return "the chosen token of each row"
-    if position:
-        return f"token {position}"
-    return "BOS" if bos else "the first token (no BOS)"
