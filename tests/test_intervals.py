@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tl_tomsparse._intervals import ClusterBootstrap, difference, holm, proportion_interval
+from tl_tomsparse._intervals import ClusterBootstrap, agreed_interval, difference, holm, proportion_interval
 
 
 def test_exact_intervals():
@@ -52,6 +52,19 @@ def test_no_change_in_a_few_stories_is_no_proof_of_no_change():
     assert few.p_within(-0.05, 0.05) > 0.05
     assert -0.03 < many.low < 0 < many.high < 0.03
     assert many.p_within(-0.05, 0.05) < 0.01
+
+
+def test_samples_that_all_agree_leave_room_for_those_that_were_not_seen():
+    for n in (1, 3, 14):
+        assert agreed_interval(0.0, n) == pytest.approx(proportion_interval(0, n))
+        assert agreed_interval(1.0, n) == pytest.approx(proportion_interval(n, n))
+    # The worst truth inside: others, not seen in three draws with a chance of 2.5 %, all have 1 (or none).
+    low, high = agreed_interval(0.25, 3)
+    others = 1 - 0.025 ** (1 / 3)
+    assert (1 - others) ** 3 == pytest.approx(0.025)
+    assert (low, high) == pytest.approx((0.25 * (1 - others), 0.25 * (1 - others) + others))
+    low, high = agreed_interval(0.0, 5, lowest=-1.0)
+    assert -low == high == pytest.approx(1 - 0.025 ** (1 / 5))
 
 
 def test_p_values_agree_with_the_interval():

@@ -62,6 +62,38 @@ def test_norms_and_their_change(model, edit, part):
         plot.frequency_norms(before, before=other)
 
 
+def test_parts_of_the_cosine_and_their_change(model, edit):
+    angles = tt.bos_angles(model, some_samples(), **QUIET)
+    with edit.applied(model):
+        turned = tt.bos_angles(model, some_samples(), **QUIET)
+    before, after = (torch.cat([one.cosine[layer] for layer in range(2)]).numpy() for one in (angles, turned))
+    alone, both = plot.bos_cosines(angles), plot.bos_cosines(angles, after=turned)
+    np.testing.assert_allclose(cells(alone), before, rtol=1e-6)
+    assert list(alone.data[0].y)[:2] == ["L0H0", "L0H1"]
+    for panel, values in zip(both.data, (before, after, after - before), strict=True):
+        np.testing.assert_allclose(panel.z, values, atol=1e-6)
+    for colours in (alone.layout.coloraxis, both.layout.coloraxis, both.layout.coloraxis2):
+        assert colours.cmin == -colours.cmax  # no part has the colour in the middle
+    assert both.layout.coloraxis.cmax == pytest.approx(max(abs(before).max(), abs(after).max()))
+    assert "the key of the first token" in alone.layout.coloraxis.colorbar.title.text
+    with pytest.raises(tt.TomsparseError, match="rotated=True and rotated=False"):
+        plot.bos_cosines(angles, after=tt.bos_angles(model, some_samples(), rotated=False, **QUIET))
+    with pytest.raises(tt.TomsparseError, match="other samples"):
+        plot.bos_cosines(angles, after=tt.bos_angles(model, some_samples((10, 12)), **QUIET))
+
+
+def test_parts_of_the_cosine_of_a_large_model_are_means_over_heads():
+    heads, pairs = 32, 64
+    norms = large(1.0)
+    cosine = {layer: torch.randn(heads, pairs).double() for layer in norms.layout}
+    angles = tt.BosAngles({}, {}, {}, {}, cosine, {}, norms.layout, 0, True, True, ("a",))
+    figure = plot.bos_cosines(angles)
+    means = torch.stack([one.mean(0) for one in cosine.values()])
+    np.testing.assert_allclose(cells(figure), means, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(figure.data[1 + 7].z, cosine[7], rtol=1e-5, atol=1e-6)
+    assert size(figure) < 1
+
+
 def _turn(wave: float) -> str:
     return f"{wave / 1000:.3g}k" if wave >= 999.5 else f"{wave:.3g}"
 
@@ -171,7 +203,7 @@ def test_maps_of_a_large_model_are_small():
         return {layer: top * torch.rand(3, 32).double() for layer in range(32)}
 
     sinks = [tt.SinkAttention(values(0.6), 0, True, ("a", "b", "c")) for _ in range(2)]
-    angles = [tt.BosAngles(values(170), *[{}] * 5, 0, True, True, ("a", "b", "c")) for _ in range(2)]
+    angles = [tt.BosAngles(values(170), *[{}] * 5, None, 0, True, True, ("a", "b", "c")) for _ in range(2)]
     for figure in (plot.sinks(sinks[0], after=sinks[1]), plot.bos_angles(angles[0], after=angles[1])):
         assert size(figure) < 0.2
         assert figure.layout.height < 900

@@ -311,6 +311,9 @@ def test_the_interval_of_the_rate_is_that_of_prompts_drawn_again() -> None:
         if k < n:
             assert binom.cdf(k, n, row.rate_high) == pytest.approx(0.025)
         assert row.rate_low < row.rate_high
+    alike = {0: torch.full((n, 4), 0.9).double(), 1: torch.full((n, 4), 0.1).double()}  # half of the heads
+    low, high = tt.SinkAttention(alike, 0, True, sinks.ids).rate_interval()
+    assert (low, high) == pytest.approx((0.5 * 0.025 ** (1 / n), 1 - 0.5 * 0.025 ** (1 / n)))
     with pytest.raises(tt.TomsparseError, match=r"lies in \[0, 1\)"):
         sinks.rate_interval(1.0)
 

@@ -408,7 +408,9 @@ def test_a_random_model_gives_no_claim_of_damage(finished: tuple[tt.Study, Path]
     } == {"not testable"}
 
 
-def test_a_finished_study_is_read_again_as_it_was(finished: tuple[tt.Study, Path]) -> None:
+def test_a_finished_study_is_read_again_as_it_was(
+    finished: tuple[tt.Study, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     study, out = finished
     model = tt.load_model(tiny.long_directory(), device="cpu")
 
@@ -421,6 +423,12 @@ def test_a_finished_study_is_read_again_as_it_was(finished: tuple[tt.Study, Path
         patch.setattr(tt.SparseEdit, "applied", never)
         patch.setattr(tt.PreparedBattery, "measure", never)
         again = tt.study(model, out, SMALL, show_progress=False)
+        assert capsys.readouterr() == ("", "")
+        tt.study(model, out, SMALL)
+        told = capsys.readouterr()
+        assert told.out == ""
+        stages = ("Making stories and texts\n", "To do: sensitivities to", "Heads by knock-outs\n")
+        assert [told.err.find(words) for words in stages] == sorted(map(told.err.index, stages))
     assert str(again.claims) == str(study.claims)
     assert again.arms.equals(study.arms)
     assert str(again.battery.claims) == str(study.battery.claims)

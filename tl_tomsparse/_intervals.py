@@ -202,6 +202,24 @@ def mean_intervals(
     return mean, low, high
 
 
+def agreed_interval(
+    value: float, n: int, *, lowest: float = 0.0, highest: float = 1.0, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The interval of a mean over samples of which every one that was seen has this value, so that drawing
+    them again gives no width. Samples of another kind may be up to 1 - (alpha / 2)^(1 / n) of all without one
+    of them being seen, and may lie at either bound; at a bound this is the exact (Clopper-Pearson) interval.
+
+    Args:
+        value: what all have.
+        n: how many were seen.
+        lowest: the least that a sample can have.
+        highest: the most that a sample can have.
+        confidence: 1 - alpha.
+    """
+    unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
+    return value - unseen * (value - lowest), value + unseen * (highest - value)
+
+
 def group_reach(groups: Floats, confidence: float = CONFIDENCE) -> Floats:
     """How far the interval of a mean over groups of samples reaches to both sides: Student's t over the
     groups' own means.

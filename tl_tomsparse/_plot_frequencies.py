@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from tl_tomsparse._checks import TomsparseError, check_choice
 from tl_tomsparse._plot_style import RED, finish, one_edit, step
+from tl_tomsparse._sink_token import key_name
+from tl_tomsparse.sink import BosAngles, check_alike
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from tl_tomsparse.rotary import FrequencyNorms, RotaryLayer
+    from tl_tomsparse.rotary import FrequencyNorms, RotaryLayer, RotaryLayout
 
 Floats = NDArray[np.floating[Any]]
 _TURN = ", a turn in "
@@ -35,6 +37,18 @@ class _View(NamedTuple):
     waves: Floats | None = None
 
 
+class _Quantity(NamedTuple):
+    """What colours mean: its name, the title of the colour bar, what a row of a head is called, whether it
+    has a sign, and how the heads of a layer become one row.
+    """
+
+    name: str
+    title: str
+    head: str
+    signed: bool
+    over_heads: Callable[[Floats], Floats]
+
+
 def frequency_norms(
     norms: FrequencyNorms, *, part: str = "q", before: FrequencyNorms | None = None
 ) -> go.Figure:
@@ -51,12 +65,61 @@ def frequency_norms(
     Raises:
         TomsparseError: another part, or norms of other layers and heads.
     """
+    check_choice("part", part, ("q", "k"))
+    what, head = {"q": ("queries", "head"), "k": ("keys", "key-value head")}[part]
+
+    def root_mean_square(heads: Floats) -> Floats:
+        return (heads**2).mean(0, keepdims=True) ** 0.5
+
+    shown = [
+        {layer: one.rms[layer, part].numpy() for layer in one.layout}
+        for one in ([norms] if before is None else [before, norms])
+    ]
+    quantity = _Quantity("norm", f"norm of {what}", head, False, root_mean_square)
+    return _heatmaps(norms.layout, shown, quantity, "norms before")
+
+
+def bos_cosines(angles: BosAngles, *, after: BosAngles | None = None) -> go.Figure:
+    """What each rotary frequency adds to the cosine between queries and the token's key, in each head: fast
+    frequencies on the left, and blue where a frequency turns queries away from the key.
+
+    With more than 100 heads rows are layers (mean over their heads), and a menu shows the heads of one layer.
+
+    Args:
+        angles: what to show.
+        after: of an edited model: show these beside `angles`, then the change.
+
+    Raises:
+        TomsparseError: angles of other samples, another token or other layers, or not both after rotation.
+    """
+    if after is not None:
+        check_alike(angles, after)
+
+    def mean(heads: Floats) -> Floats:
+        return heads.mean(0, keepdims=True)
+
+    shown = [
+        {layer: values.numpy() for layer, values in one.cosine.items()}
+        for one in ([angles] if after is None else [angles, after])
+    ]
+    title = f"part of the cosine with the key of {key_name(angles.position, angles.bos)}"
+    quantity = _Quantity("part of the cosine", title, "head", True, mean)
+    return _heatmaps(angles.layout, shown, quantity, "angles after")
+
+
+def _heatmaps(
+    layout: RotaryLayout, shown: Sequence[Mapping[int, Floats]], quantity: _Quantity, others: str
+) -> go.Figure:
+    """Panels of `[heads, frequencies]` by layer; of two, a third shows the change."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    check_choice("part", part, ("q", "k"))
-    views = _views(norms, part, before)
-    titles = ["norm"] if before is None else ["unedited", "edited", "edited − unedited"]
+    first = shown[0]
+    for values in shown:
+        if {n: one.shape for n, one in values.items()} != {n: one.shape for n, one in first.items()}:
+            raise TomsparseError(f"The {others} are of another model; measure both on the same one.")
+    views = _views(layout, shown, quantity)
+    titles = [quantity.name] if len(shown) == 1 else ["unedited", "edited", "edited − unedited"]
     figure = make_subplots(
         rows=1, cols=len(titles), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03
     )
@@ -72,12 +135,12 @@ def frequency_norms(
                     coloraxis="coloraxis2" if place == 2 else "coloraxis",
                     visible=number == 0,
                     hovertemplate=f"{view.rows} %{{y}}<br>frequency %{{x}}{turn}<br>"
-                    f"{'change of norm' if place == 2 else 'norm'} %{{z:.4g}}<extra></extra>",
+                    f"{'change of ' if place == 2 else ''}{quantity.name} %{{z:.4g}}<extra></extra>",
                 ),
                 row=1,
                 col=1 + place,
             )
-    figure.update_layout(_axes(views[0], part, len(titles)))
+    figure.update_layout(_axes(views[0], len(titles)))
     if len(views) > 1:
         buttons = [
             {
@@ -85,7 +148,7 @@ def frequency_norms(
                 "method": "update",
                 "args": [
                     {"visible": [shown == number for shown in range(len(views)) for _ in titles]},
-                    _axes(view, part, len(titles)),
+                    _axes(view, len(titles)),
                 ],
             }
             for number, view in enumerate(views)
@@ -95,20 +158,12 @@ def frequency_norms(
     rows = len(views[0].labels)
     panel = round(max(5.0, min(16.0, 760 / rows)) * rows) if len(views) == 1 else 400
     above, below = 90 if len(views) > 1 else 40, 130
-    _colours(figure, views, part, panel)
+    _colours(figure, views, quantity, panel)
     return finish(figure, height=above + panel + below).update_layout(margin={"t": above, "b": below})
 
 
-def _views(norms: FrequencyNorms, part: str, before: FrequencyNorms | None) -> list[_View]:
-    layout, layers = norms.layout, list(norms.layout)
-    shown = [norms] if before is None else [before, norms]
-    of: dict[int, list[Floats]] = {}
-    for layer in layers:
-        if before is not None:
-            old = before.rms.get((layer, part))
-            if old is None or old.shape != norms.rms[layer, part].shape:
-                raise TomsparseError("The norms before are of another model; measure both on the same one.")
-        of[layer] = [one.rms[layer, part].numpy() for one in shown]
+def _views(layout: RotaryLayout, shown: Sequence[Mapping[int, Floats]], quantity: _Quantity) -> list[_View]:
+    layers, n_heads = list(layout), {layer: len(values) for layer, values in shown[0].items()}
     width = max(len(layout[layer].frequencies) for layer in layers)
     alike = len({tuple(layout[layer].frequencies.tolist()) for layer in layers}) == 1
     columns = _columns(layout[layers[0]]) if alike else [str(m) for m in range(width)]
@@ -118,10 +173,10 @@ def _views(norms: FrequencyNorms, part: str, before: FrequencyNorms | None) -> l
         rows: str,
         labels: Sequence[Any],
         columns: Sequence[str],
-        values: list[Any],
+        values: list[Floats],
         waves: Floats | None = None,
     ) -> _View:
-        if before is not None:
+        if len(values) > 1:
             values = [*values, values[1] - values[0]]
         return _View(name, rows, labels, columns, [value.astype(np.float32) for value in values], waves)
 
@@ -134,20 +189,15 @@ def _views(norms: FrequencyNorms, part: str, before: FrequencyNorms | None) -> l
         each = [padded(layout[layer].wavelengths.numpy()[None].repeat(n, 0)) for layer, n in rows.items()]
         return np.concatenate(each).astype(np.float32)
 
-    heads = [f"L{layer}H{head}" for layer in layers for head in range(len(of[layer][0]))]
-    kind = "head" if part == "q" else "key-value head"
+    heads = [f"L{layer}H{head}" for layer in layers for head in range(n_heads[layer])]
     if len(heads) <= _MOST_ROWS:
-        every = [np.concatenate([padded(of[layer][n]) for layer in layers]) for n in range(len(shown))]
-        each_head = waves({layer: len(of[layer][0]) for layer in layers})
-        return [view("all heads", kind, heads, columns, every, each_head)]
-    means = [
-        np.concatenate([padded((of[layer][n] ** 2).mean(0, keepdims=True) ** 0.5) for layer in layers])
-        for n in range(len(shown))
-    ]
+        every = [np.concatenate([padded(of[layer]) for layer in layers]) for of in shown]
+        return [view("all heads", quantity.head, heads, columns, every, waves(n_heads))]
+    means = [np.concatenate([padded(quantity.over_heads(of[layer])) for layer in layers]) for of in shown]
     each = [
         view(
-            f"heads of layer {layer}", f"layer {layer}, {kind}", list(range(len(of[layer][0]))),
-            _columns(layout[layer]), of[layer],
+            f"heads of layer {layer}", f"layer {layer}, {quantity.head}", list(range(n_heads[layer])),
+            _columns(layout[layer]), [of[layer] for of in shown],
         )
         for layer in layers
     ]  # fmt: skip
@@ -159,7 +209,7 @@ def _columns(layer: RotaryLayer) -> list[str]:
     return [_column(m, wave) for m, wave in enumerate(layer.wavelengths.tolist())]
 
 
-def _axes(view: _View, part: str, n_panels: int) -> dict[str, Any]:
+def _axes(view: _View, n_panels: int) -> dict[str, Any]:
     """Ticks name wavelengths, since numbers of frequencies say nothing; where layers differ, numbers."""
     between = step(len(view.columns))
     ticks = view.columns[:: between if n_panels == 1 else max(between, -(-len(view.columns) // 5))]
@@ -176,35 +226,35 @@ def _axes(view: _View, part: str, n_panels: int) -> dict[str, Any]:
     return axes | {"yaxis.title.text": view.rows}
 
 
-def _colours(figure: go.Figure, views: Sequence[_View], part: str, height: int) -> None:
-    """One range for all norms, another one for all changes, each bar below its panels of this height."""
+def _colours(figure: go.Figure, views: Sequence[_View], quantity: _Quantity, height: int) -> None:
+    """One range for all values, another one for all changes, each bar below its panels of this height."""
     bar: dict[str, Any] = {"orientation": "h", "thickness": 12, "yanchor": "top", "y": -60 / height}
-    top = max(float(np.nanmax(panel)) for view in views for panel in view.panels[:2])
-    several, what = len(views[0].panels) > 1, {"q": "queries", "k": "keys"}[part]
+    diverging = {"colorscale": "RdBu", "reversescale": True}
+    top = max(float(np.nanmax(np.abs(panel))) for view in views for panel in view.panels[:2]) or 1.0
+    several = len(views[0].panels) > 1
     figure.update_layout(
         coloraxis={
-            "colorscale": "Viridis",
-            "cmin": 0,
-            "cmax": top or 1.0,
+            **(diverging if quantity.signed else {"colorscale": "Viridis"}),
+            "cmin": -top if quantity.signed else 0,
+            "cmax": top,
             "colorbar": {
                 **bar,
-                "title": {"text": f"norm of {what}", "side": "top"},
+                "title": {"text": quantity.title, "side": "top"},
                 "x": 0.32 if several else 0.5,
-            }
-            | {"len": 0.6},
+                "len": 0.6,
+            },
         }
     )
     if several:
         reach = max(float(np.nanmax(np.abs(view.panels[2]))) for view in views) or 1.0
         figure.update_layout(
             coloraxis2={
-                "colorscale": "RdBu",
-                "reversescale": True,
+                **diverging,
                 "cmin": -reach,
                 "cmax": reach,
                 "colorbar": {
                     **bar,
-                    "title": {"text": "change of norm", "side": "top"},
+                    "title": {"text": f"change of {quantity.name}", "side": "top"},
                     "x": 0.85,
                     "len": 0.3,
                 },

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tl_tomsparse._intervals import ClusterBootstrap, group_reach, mean_intervals
+from tl_tomsparse._intervals import ClusterBootstrap, Estimate, agreed_interval, group_reach, mean_intervals
 from tl_tomsparse._model import ModelView
 from tl_tomsparse._stream import Current, stream
 from tl_tomsparse.rotary import FrequencyNorms, norms_measure
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Sums = Mapping[str, tuple[Floats, Floats]]
 """For each measure what each sample (or group of them) adds to a sum, and how much it counts."""
+_COUNTED = {"sinks_shifted": (0.0, 1.0), "sink_rate": (-1.0, 1.0)}  # the least and the most of a sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,9 +328,10 @@ def summary(
         drawn = np.stack([one[name][0] for one in random], 1)
         bootstrap = clusters(len(values))
         change = bootstrap.ratio(values, counts)
+        low, high = _ends(name, change, values, counts)
         beyond = bootstrap.ratio(values[:, None] - drawn, counts)
         each = drawn.sum(0) / counts.sum()
-        row = {"measure": name, "value": change.value, "low": change.low, "high": change.high}
+        row = {"measure": name, "value": change.value, "low": low, "high": high}
         row |= _range(each)
         row |= {"beyond": beyond.value, "beyond_low": beyond.low, "beyond_high": beyond.high}
         row |= {"p_above": beyond.p_above(), "p_below": beyond.p_below()}
@@ -339,3 +341,12 @@ def summary(
             row |= {"to_whole": gap.value, "to_whole_low": gap.low, "to_whole_high": gap.high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _ends(name: str, change: Estimate, values: Floats, counts: Floats) -> tuple[float, float]:
+    """Of the interval; that the samples seen all have the same share is no proof that all others do."""
+    shares = values[counts > 0] / counts[counts > 0]
+    if name not in _COUNTED or (shares != shares[0]).any():
+        return change.low, change.high
+    lowest, highest = _COUNTED[name]
+    return agreed_interval(change.value, len(shares), lowest=lowest, highest=highest)

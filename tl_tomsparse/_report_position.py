@@ -50,6 +50,12 @@ def position_section(result: RunResult, figures: Figures) -> list[str]:
             figures.add(plot.angle_histogram(found.degrees), width=_WIDE),
             figures.add(plot.bos_angles(before.angles, after=after.angles), width=_WIDE),
         )
+        section(
+            "Which frequencies make the angle",
+            "The cosine of the angle is a sum over frequencies, and over what is not rotated: what each "
+            "adds, a mean over queries. Red brings queries towards the key, blue turns them away.",
+            figures.add(plot.bos_cosines(before.angles, after=after.angles), width=_WIDE),
+        )
     old, new = (one.attention.rate(found.meta["eps"]) for one in (before, after))
     section(
         f"Attention to {token}",

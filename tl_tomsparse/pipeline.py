@@ -29,6 +29,7 @@ from tl_tomsparse._folder import check_folder, claim_folder, opened_folder, stor
 from tl_tomsparse._material import Material, make_material, read_text, stored_sensitivity
 from tl_tomsparse._model import MATRICES, view
 from tl_tomsparse._points import json_rows
+from tl_tomsparse._progress import teller
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.effect import Effect, effect
 from tl_tomsparse.experiment import KappaChoice, KappaSweep, arm_masks, auto_kappas, choose_kappa, kappa_sweep
@@ -159,7 +160,7 @@ def run_pipeline(
     folder: str | Path,
     *,
     command: str | None = None,
-    progress: Callable[[str], None] = lambda _message: None,
+    progress: Callable[[str], None] | None = None,
     show_progress: bool = True,
 ) -> RunResult:
     """Run everything that is not yet in the folder, and write the page.
@@ -168,7 +169,7 @@ def run_pipeline(
         settings: what to do.
         folder: where; new, empty, or of the same run.
         command: what was typed, to be recorded; by default this call.
-        progress: told what begins.
+        progress: told what begins; by default it is written beside the progress bars, where these are shown.
         show_progress: show progress bars.
 
     Raises:
@@ -180,6 +181,7 @@ def run_pipeline(
     settings.check()
     out = Path(folder)
     check_folder(out, _plain(settings))
+    progress = teller(progress, show_progress)
     progress("Loading the model")
     model = load_model(
         settings.model, backend=settings.backend, device=settings.device, dtype=getattr(torch, settings.dtype)

@@ -15,7 +15,7 @@ from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._intervals import proportion_interval
 from tl_tomsparse._plot_comparison import study_comparison
 from tl_tomsparse._plot_components import component_effects
-from tl_tomsparse._plot_frequencies import frequency_norms, mask_by_frequency
+from tl_tomsparse._plot_frequencies import bos_cosines, frequency_norms, mask_by_frequency
 from tl_tomsparse._plot_heads import (
     dose_curve,
     head_effects,
@@ -41,6 +41,7 @@ __all__ = [
     "angle_histogram",
     "attention",
     "bos_angles",
+    "bos_cosines",
     "component_effects",
     "dose_curve",
     "frequency_norms",

@@ -51,7 +51,8 @@ class PositionEffects:
             "attention" (mean change at sink heads), "turn" and "turn_others" (degrees, mean over sink
             heads, of the token's key and of the other keys), "norm_q" and "norm_k" (the relative change,
             without its sign, of the RMS norm at a head's dominant frequencies; mean over heads). Norms are
-            compared in groups of samples, the rest sample by sample.
+            compared in groups of samples, the rest sample by sample. Where all samples have the same share of
+            sinks, low and high tell what as many samples may have missed.
         heads: one row an edit, measure ("attention", "angle", "angle_others", and with `unrotated`
             "angle_unrotated", "angle_others_unrotated"), layer and head: before, after, change, low, high
             (bootstrap 95 % over samples), random, random_low, random_high of the change.

@@ -22,11 +22,11 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse._intervals import mean_intervals, proportion_interval
+from tl_tomsparse._intervals import agreed_interval, mean_intervals, proportion_interval
 from tl_tomsparse._model import ModelView, view
 from tl_tomsparse._sink_token import check_threshold, key_name, positions_of, stated
 from tl_tomsparse._stream import Current, Measure, stream
-from tl_tomsparse.rotary import GROUPS, with_rotation
+from tl_tomsparse.rotary import GROUPS, RotaryLayout, with_rotation
 from tl_tomsparse.samples import Samples
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class BosAngles:
             a mean over queries of samples. What is not rotated is left out.
         cosine_groups: for each layer `[groups, heads, pairs]`: the same in each of up to 20 groups of samples
             (the n-th sample is in group n mod 20), for intervals.
+        layout: frequencies and pairs.
         position: of the token in each row; a tuple of one for each row where they differ.
         rotated: whether queries and keys are taken after the rotation.
         bos: whether rows begin with BOS.
@@ -63,6 +64,7 @@ class BosAngles:
     degrees: Mapping[int, Int64[Tensor, "heads 180"]]
     cosine: Mapping[int, Float[Tensor, "heads pairs"]]
     cosine_groups: Mapping[int, Float[Tensor, "groups heads pairs"]]
+    layout: RotaryLayout
     position: int | tuple[int, ...]
     rotated: bool
     bos: bool
@@ -118,14 +120,18 @@ class SinkAttention:
 
     def rate_interval(self, eps: float = 0.3, *, seed: int = 0) -> tuple[float, float]:
         """The ends of the 95 % bootstrap interval of `rate` over samples; all heads of a sample are drawn
-        together. Of no width where all samples have the same share, which few samples may have by chance.
+        together. Where all samples have the same share, it tells what as many samples may have missed (exact
+        binomial at 0 and 1).
 
         Args:
             eps: as for `rate`.
             seed: of the draws.
         """
         check_threshold(eps)
-        _, low, high = mean_intervals(self._above(eps).mean(1, keepdim=True).numpy(), seed=seed)
+        shares = self._above(eps).mean(1)
+        if (shares == shares[0]).all():
+            return agreed_interval(float(shares[0]), len(shares))
+        _, low, high = mean_intervals(shares[:, None].numpy(), seed=seed)
         return float(low[0]), float(high[0])
 
     def _above(self, eps: float) -> Tensor:
@@ -252,6 +258,7 @@ def angles_measure(
             degrees=histograms,
             cosine={layer: total.sum(0).cpu() / n for layer, total in cosine.items()},
             cosine_groups={layer: total.cpu() / sizes for layer, total in cosine.items()},
+            layout=RotaryLayout.of(seen.model, length=int(samples.lengths.max())),
             position=stated(at),
             rotated=rotated,
             bos=samples.bos,

@@ -38,6 +38,7 @@ from tl_tomsparse._folder import (
 )
 from tl_tomsparse._model import view
 from tl_tomsparse._points import Point
+from tl_tomsparse._progress import teller
 from tl_tomsparse._study_answers import Answers, collect_answers
 from tl_tomsparse._study_arms import matches_for
 from tl_tomsparse._study_battery import BatterySection, study_battery
@@ -135,7 +136,7 @@ def study(
     stories: Mapping[str, Sequence[Story]] | None = None,
     processes: int = 1,
     load: Callable[[], Any] | None = None,
-    progress: Callable[[str], None] = lambda _message: None,
+    progress: Callable[[str], None] | None = None,
     show_progress: bool = True,
 ) -> Study:
     """Run everything that is not yet in the folder, and write the page `study.html`.
@@ -152,7 +153,7 @@ def study(
         processes: how many work side by side, this one among them; each further one loads the model.
         load: gives the same model in another process, such as `functools.partial(load_model, path)`; needed
             for several processes. A script needs `if __name__ == "__main__":` then.
-        progress: told what begins.
+        progress: told what begins; by default it is written beside the progress bars, where these are shown.
         show_progress: show progress bars.
 
     Raises:
@@ -189,6 +190,7 @@ def study(
             f"{seen.name} has an active edit, {seen.active_edits[-1]}; leave its `with` block before a study."
         )
     seen.keys(settings.matrices)
+    progress = teller(progress, show_progress)
     progress("Making stories and texts")
     material = make_material(model, settings, own)
     progress(cost(model, material, settings))
