@@ -127,6 +127,16 @@ def test_no_effect_is_called_no_effect():
     assert found["reality_stays"].status == "supported"
 
 
+def test_a_fall_that_is_not_shown_within_the_family_is_not_called_no_effect():
+    few = Planted(40).effect({}, {"false_belief": 0.75}, {"false_belief": 0.75})
+    row = few.differences.set_index(["comparison", "measure"]).loc[("mask - before", "false_belief")]
+    assert row.high < 0  # by itself it would be shown
+    found = claims(few)["false_belief_falls"]
+    assert found.status == "not supported"
+    assert found.p > 0.05
+    assert "is not shown, all claims taken together" in found.sentence
+
+
 def test_a_rise_is_not_a_fall():
     found = claims(Planted().effect({"false_belief": 0.7}, {"false_belief": 0.95}, {"false_belief": 0.7}))
     assert found["false_belief_falls"].status == "not supported"

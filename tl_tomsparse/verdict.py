@@ -129,6 +129,8 @@ class _Reader:
                 return f"False-belief accuracy falls under the mask: {found}."
             if row.low > 0:
                 return f"False-belief accuracy rises under the mask: {found}."
+            if row.high < 0:
+                return f"A fall of false-belief accuracy is not shown, all claims taken together: {found}."
             if row.low > -margin:
                 return f"No effect found: a fall of {_points(margin)} or more is excluded: {found}."
             return (
