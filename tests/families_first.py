@@ -275,11 +275,11 @@ REFUSED: dict[str, Family] = {
             chunk_size=8,
             head_dim=8,
         ),
-        refused="its layers have no attention of their own",
+        refused="TransformerLens shows no attention in some of its layers",
     ),
     "GPT": Family(
         made("OpenAIGPT", vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS, n_positions=128),
-        refused="other logits .* under an attention mask",
+        refused="other logits for this model under an attention mask",
     ),
     "Mamba": Family(
         made("Mamba", vocab_size=D_VOCAB, hidden_size=D_MODEL, num_hidden_layers=LAYERS, state_size=4),

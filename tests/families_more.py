@@ -58,7 +58,7 @@ LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0
 MORE: dict[str, Family] = {
     # norms before the rotation, scales per position after it (from 16 tokens on), layers without a rotation
     "Gemma": Family(made("Gemma", **common(), head_dim=8), places=LLAMA),
-    "Gemma 4": Family(
+    "Gemma 4 (all heads of one size)": Family(
         made(
             "Gemma4Text", **common(), head_dim=8, global_head_dim=8, hidden_size_per_layer_input=0, **SLIDING
         ),

@@ -168,9 +168,11 @@ def test_one_random_mask_as_low_is_too_many_of_twenty():
 
 
 def test_to_rise_less_than_under_random_masks_is_not_to_fall():
-    found = claims(Planted().effect({"false_belief": 0.75}, {"false_belief": 0.8}, {}))
+    effect = Planted().effect({"false_belief": 0.75}, {"false_belief": 0.8}, {})
+    found = claims(effect)
     assert found["tracks_beliefs"].status == "supported"
-    assert found["more_than_random"].p < 0.05
+    row = effect.differences.set_index(["comparison", "measure"]).loc[("mask - random", "false_belief")]
+    assert row.high < 0
     assert found["more_than_random"].status == "not supported"
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
+import torch
 
+import tl_tomsparse as tt
 from tl_tomsparse import _head_search as search
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._head_tables import change_table
 from tl_tomsparse._model import view
+from tl_tomsparse._study_heads import study_heads
 from tl_tomsparse.heads import KnockoutMeter
 from tl_tomsparse.locate import locate_heads
 
@@ -221,3 +226,35 @@ def test_refusals(options, message):
     with pytest.raises(TomsparseError, match=message):
         locate_heads(meter, **{**FEW, **options})
     assert not calls
+
+
+def test_so_few_heads_that_there_are_no_ten_sets_are_refused_before_any_measurement():
+    calls = []
+
+    def meter(out):
+        calls.append(len(out))
+        return 4.0 - out[:, 1]
+
+    few = [(0, head) for head in range(6)]
+    with pytest.raises(
+        TomsparseError, match=r"Of 6 heads there are fewer than 10 different sets.*each alone"
+    ):
+        locate_heads(meter, heads=few)
+    assert not calls
+    # Of seven, two of which are out, there are 21 sets: the shares that knock out one are passed over.
+    found = locate_heads(meter, heads=[*few, (0, 6)], shares=(0.1, 0.3), n_random=19)
+    assert found.pilot.n_out.tolist() == [2]
+    assert found.heads == ((0, 1),)
+
+
+def test_a_study_of_few_heads_says_so_in_place_of_heads(tmp_path):
+    model = tiny.model("neox", n_layers=1)
+    mask = tt.SparseMask.from_bool(model, {(0, "Q"): torch.zeros(view(model).shape((0, "Q"))).bool()})
+    settings = tt.StudySettings(head_stories=2)
+    own = {
+        split: [dataclasses.replace(tiny.story(n), id=f"{split}{n}") for n in range(2)]
+        for split in ("train", "dev", "test")
+    }
+    found = study_heads(model, mask, settings, own, tmp_path, show_progress=False)
+    assert not found.claims
+    assert found.obstacle.startswith("Not testable here: Of 4 heads there are fewer than 10 different sets")

@@ -11,14 +11,25 @@ import tiny
 import torch
 from equations import Equations, Row
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma4TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
+from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._model import view
 from tl_tomsparse.edit import SparseEdit
 from tl_tomsparse.models import load_model
 from tl_tomsparse.position import position_effects
 from tl_tomsparse.ranking import top_fraction
 from tl_tomsparse.samples import Samples
+from tl_tomsparse.self_check import self_check
 from tl_tomsparse.sensitivity import fisher_diagonal
 
 D_VOCAB = 101
@@ -52,11 +63,18 @@ CASES += [
 ]
 
 
+SIZES = {"vocab_size": D_VOCAB, "hidden_size": 32, "intermediate_size": 24, "max_position_embeddings": 32}
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 def build(path: Path, shape: str) -> Path:
     kind, options = SHAPES[shape]
-    sizes = {"vocab_size": D_VOCAB, "hidden_size": 32, "intermediate_size": 24, "max_position_embeddings": 32}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    hf = AutoModelForCausalLM.from_config(kind(**{**sizes, **heads, **options}, architectures=[NAMES[kind]]))
+    return written(path, kind(**{**SIZES, **HEADS, **options}, architectures=[NAMES[kind]]))
+
+
+def written(path: Path, config: PreTrainedConfig) -> Path:
+    """A random model of this configuration."""
+    hf = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
@@ -153,3 +171,71 @@ def test_position_is_that_of_single_rows(shape: str, backend: Any, tmp_path: Pat
                 torch.testing.assert_close(values[n].double(), pattern.double(), rtol=0, atol=1e-5)
     assert len(effects.before.attention.attention) == view(model).n_layers
     assert set(zip(effects.heads.layer, effects.heads["head"])) == set(view(model).heads)
+
+
+def test_padding_beyond_a_short_window_is_no_obstacle_in_float64(tmp_path: Path) -> None:
+    """Under a mask it could look at nothing there, and `transformers` gives nan for the whole row."""
+    path = written(tmp_path, MistralConfig(**SIZES, **HEADS, num_key_value_heads=2, sliding_window=4))
+    model = load_model(path, device="cpu", dtype=torch.float64)
+    assert self_check(model).ok
+    rows = [list(range(3, 3 + n)) for n in (24, 5)]
+    samples = Samples.from_rows(rows, [1, 1], ["long", "short"], bos=False, supervise="text", pad=0)
+    hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    with torch.no_grad():
+        found = view(model).logits(samples.tokens, samples.attention_mask)
+        for n, row in enumerate(rows):
+            alone = hf(torch.tensor([row])).logits[0]
+            torch.testing.assert_close(found[n, : len(row)], alone, rtol=0, atol=1e-5)  # float32 angles
+    fisher = fisher_diagonal(model, samples, show_progress=False)
+    halves = [fisher_diagonal(model, samples[[n]], show_progress=False) for n in range(2)]
+    for key, values in fisher.items():
+        torch.testing.assert_close(values, (halves[0][key] + halves[1][key]) / 2)
+
+
+def test_sensitivities_are_the_same_in_inference_mode() -> None:
+    model = tiny.model()
+    rows = [[5, 6, 7, 8], [9, 10]]
+    with torch.inference_mode():
+        samples = Samples.from_rows(rows, [1, 1], ["a", "b"], bos=False, supervise="text", pad=0)
+        inside = fisher_diagonal(model, samples, show_progress=False)
+    outside = fisher_diagonal(model, samples, show_progress=False)
+    for key, values in outside.items():
+        assert torch.equal(values, inside[key])
+        assert values.any()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "reason"),
+    [(16, "heads of another size"), (14, "heads of K have 28 dimensions together, no multiple of 8")],
+)
+def test_heads_of_two_sizes_are_not_supported_and_the_reason_is_named(
+    tmp_path: Path, head_dim: int, reason: str
+) -> None:
+    config = Gemma4TextConfig(
+        **SIZES, **HEADS, num_key_value_heads=2, head_dim=8, global_head_dim=head_dim,
+        hidden_size_per_layer_input=0, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="may be wrong or be refused"):
+        model = load_model(written(tmp_path, config), device="cpu")
+    report = self_check(model)
+    assert not report.ok
+    assert report.checks[0].status == "no"
+    assert reason in report.checks[0].detail
+    samples = Samples.from_rows([[5, 6]], [1], ["a"], bos=False, supervise="text", pad=0)
+    with pytest.raises(TomsparseError, match="Q"):
+        fisher_diagonal(model, samples, show_progress=False)
+
+
+def test_an_encoder_is_refused_because_it_is_not_causal(tmp_path: Path) -> None:
+    config = BertConfig(**SIZES, **HEADS, is_decoder=False, architectures=["BertLMHeadModel"])
+    path = written(tmp_path, config)
+    with pytest.raises(TomsparseError, match="not causal: other tokens after a position change its logits"):
+        load_model(path, device="cpu")
+
+
+def test_integers_beside_whole_weights_are_no_quantisation() -> None:
+    model = tiny.model()
+    linear = model.original_model.model.layers[0].self_attn.q_proj
+    linear.register_buffer("table", torch.zeros(3, dtype=torch.int64))
+    assert "Q" in view(model).matrices

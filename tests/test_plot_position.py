@@ -148,6 +148,11 @@ def test_angles_and_sinks_and_their_change(model, edit):
         np.testing.assert_allclose(panel.z, expected, atol=1e-4)
     assert both.layout.coloraxis.cmin + both.layout.coloraxis.cmax == pytest.approx(180)
     assert both.layout.coloraxis2.cmin == -both.layout.coloraxis2.cmax
+    # Nearer to the key is the same colour in all panels.
+    assert not both.layout.coloraxis.reversescale
+    assert not both.layout.coloraxis2.reversescale
+    assert plot.sinks(sinks, after=moved).layout.coloraxis2.reversescale
+    assert "key of the first token" in both.layout.coloraxis.colorbar.title.text
     share = np.stack([sinks.attention[layer].mean(0).numpy() for layer in range(2)])
     np.testing.assert_allclose(cells(plot.sinks(sinks)), share, rtol=1e-6)
     shift = np.stack([moved.attention[layer].mean(0).numpy() for layer in range(2)]) - share
@@ -195,6 +200,10 @@ def test_of_a_large_model_layers_come_first_and_each_layers_heads_on_request():
     for trace, values in zip(layer, (old, new, new - old)):
         np.testing.assert_allclose(trace.z, values, rtol=1e-5, atol=1e-6)
     assert buttons[1 + 5].args[1]["yaxis.title.text"] == "layer 5, head"
+    # What is shown has the whole range of the colours, not that of what is hidden.
+    assert figure.layout.coloraxis.cmax == pytest.approx(mean.max())
+    assert buttons[1 + 5].args[1]["coloraxis.cmax"] == pytest.approx(max(old.max(), new.max()))
+    assert buttons[1 + 5].args[1]["coloraxis2.cmin"] == pytest.approx(-abs(new - old).max())
     assert size(plot.frequency_norms(before, part="k")) < 1
 
 

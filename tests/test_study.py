@@ -31,7 +31,7 @@ from tl_tomsparse._study_arms import DOSES, most_arms, most_sensitive, random_pa
 from tl_tomsparse._study_claims import Evidence, claims_of
 from tl_tomsparse._study_compare import Comparer
 from tl_tomsparse._study_cost import duration
-from tl_tomsparse._study_material import make_material
+from tl_tomsparse._study_material import lowest, make_material
 from tl_tomsparse.effect import assemble
 from tl_tomsparse.loss_change import LossChange
 from tl_tomsparse.study import CONTROLS
@@ -68,6 +68,7 @@ def evidence(
     families |= {"operator_amplify": 1, "rescue_0.5": 1, "new_wording": 1}
     families |= dict.fromkeys(("operator_amplify_random", "rescue_0.5_random", "tuned_random"), n_few)
     families |= {f"dose_{dose:g}": 1 for dose in DOSES}
+    families |= {f"dose_{dose:g}_random": n_few for dose in DOSES}
     families |= dict.fromkeys(("random_matrix", *RANDOM), n_random)
     points = {
         name: [planted.point(usual | given.get(name, {}), noise=0.0 if name == "before" else 0.01)] * 1
@@ -127,11 +128,52 @@ def test_a_control_that_does_the_same_is_not_beaten(control: str) -> None:
     assert found["more_than_lowest"] == "supported"
 
 
+def test_a_random_mask_is_said_to_be_as_low_where_the_mean_is_not() -> None:
+    sentence = evidence()["more_than_random_row"].sentence
+    assert "(0 of 20 as low; difference" in sentence
+
+
 def test_a_control_passed_off_as_the_mask_supports_nothing() -> None:
     found = statuses(rates={"mask": {}})
     fell = [name for name, status in found.items() if name.startswith("more_than") and status == "supported"]
     assert not fell
     assert found["false_belief_falls"] == found["selective"] == found["dose"] == "not supported"
+
+
+def test_what_random_masks_do_as_well_is_no_claim_about_the_mask() -> None:
+    arms = ("mask", "random_matrix", "transfer", "contents", "new_wording", *CONTROLS, *RANDOM)
+    rates = {arm: {**LOW, "second_order": 0.3} for arm in arms}
+    for dose in DOSES:  # a curve that falls, the same for masks and random ones
+        level = {"false_belief": 0.8 - 0.4 * min(1.0, dose)}
+        rates |= {f"dose_{dose:g}": level, f"dose_{dose:g}_random": level}
+    found = evidence(rates=rates)
+    assert found["false_belief_falls"].status == "supported"
+    for name, claim in found.items():
+        if name.startswith(("more_than", "transfers", "selective", "dose")):
+            assert claim.status == "not supported", (name, claim.sentence)
+    assert "beyond random masks" in found["selective"].sentence
+    steep = {f"dose_{dose:g}": {"false_belief": 0.9 - 0.5 * min(1.0, dose)} for dose in DOSES}
+    assert statuses(rates=steep)["dose"] == "supported"
+
+
+def test_to_fall_less_than_others_rise_is_no_fall() -> None:
+    """The mask does nothing, while other answers rise."""
+    before = {"false_belief": 0.78, "true_belief": 0.8}
+    rates = {"mask": {}, "wrong_labels": {"false_belief": 0.95}, "rescue_0.5_random": {"false_belief": 0.6}}
+    found = statuses(before=before, rates=rates)
+    for name in ("false_belief_falls", "more_than_wrong_labels", "rescue"):
+        assert found[name] == "not supported", name
+    rising = statuses(before=before, rates={"mask": {"true_belief": 0.97}})
+    assert rising["selective"] == "not supported"
+
+
+def test_too_few_stories_for_so_many_claims_are_said_to_be() -> None:
+    found = evidence(n_stories=9, before=dict.fromkeys(ABLE, 1.0))
+    assert found["tracks_beliefs"].status == "supported"
+    for name in ("false_belief_falls", "more_than_random", "more_than_lowest", "selective", "dose"):
+        assert found[name].status == "not testable", name
+        assert "9 groups of stories and 2000 draws are too few" in found[name].sentence
+    assert found["stable"].status == "supported"
 
 
 def test_damage_to_true_belief_too_is_not_selective() -> None:
@@ -256,11 +298,8 @@ def test_better_than_another_is_not_enough_where_the_sentence_says_more(
     """Training that harms less than another has not helped, and so on."""
     given = {name: {"false_belief": rate} for name, rate in rates.items()}
     found = evidence(given, before={"false_belief": 0.8})[claim]
-    assert found.p is not None
-    if claim.endswith("helps"):
-        assert found.low > 0  # more than random ones do
-    else:
-        assert found.p < 0.05
+    shown = found.high < 0 if claim.startswith("more_than") else found.low > 0
+    assert shown  # against the other
     assert found.status == "not supported"
 
 
@@ -397,6 +436,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[tt.Study, Path]:
     return found, out
 
 
+def test_the_lowest_are_the_lowest_beside_an_enormous_one() -> None:
+    model = tiny.model()
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        key: 1e-9 * torch.rand(view(model).shape(key), generator=generator) for key in ((0, "Q"), (1, "K"))
+    }
+    for one in values.values():
+        one.view(-1)[17] = 1.0
+    sensitivity = tt.Sensitivity(values, 1, view(model).identity())
+    found = lowest(sensitivity, tt.top_fraction(sensitivity, 0.05))
+    for key, index in found.entries.items():
+        flat = values[key].flatten()
+        inside = torch.zeros(len(flat), dtype=torch.bool).index_fill(0, index, True)
+        assert len(index) == round(0.05 * len(flat))
+        assert flat[inside].max() <= flat[~inside].min()
+
+
 def test_a_random_model_gives_no_claim_of_damage(finished: tuple[tt.Study, Path]) -> None:
     found = {claim.claim: claim.status for claim in finished[0].claims}
     assert found["tracks_beliefs"] == "not supported"
@@ -452,6 +508,7 @@ def test_the_arms_are_what_they_are_called(finished: tuple[tt.Study, Path]) -> N
     assert loaded == study.masks["shuffled_labels"]
     page = (out / "study.html").read_text()
     assert "not testable" in page
+    assert "Kappa was given, not chosen here." in page
     assert all(claim.claim.replace("_", " ") in page for claim in study.claims)
     assert study.heads.claims
     assert "Effect of each head" in page

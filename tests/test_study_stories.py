@@ -234,6 +234,11 @@ def first(of: str, **fields: Any) -> Callable[[Stories], Any]:
         (first("test", id="own-5"), r"'own-5' of stories\['test'\] has the same id"),
         (first("dev", group="own-200", id="own-200"), "the same id"),
         (first("test", text=f"Today is day 1. {tiny.story(1).text}"), "has the same text"),
+        (first("test", text=f"Today is day 1.  {tiny.story(1).text} "), "has the same text"),
+        (
+            first("train", questions=(replace(tiny.story(0).questions[0], options=("basket", "basket")),)),
+            r"'own-0' of stories\['train'\] asks .* with the options \('basket', 'basket'\)",
+        ),
         (first("train", id="own-1"), r"stories\['train'\] has two stories with the id 'own-1'"),
         (lambda own: own["train"].__delitem__(slice(14, None)), "stories=14 must be at least 16"),
         (lambda own: own["train"].append("Sally"), "stories has a str"),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tl_tomsparse.heads import Head, head_name
-from tl_tomsparse.verdict import Claim
+from tl_tomsparse.verdict import Claim, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,14 +167,14 @@ def crossed_claims(
     how = (
         "lie in these heads more often than chance"
         if supported
-        else "do not lie there more often than chance"
+        else "are not shown to lie in these heads more often than chance"
     )
     where = Claim(
         "mask_in_heads",
         "supported" if supported else "not supported",
-        f"The mask's weights {how} ({listed}): a share of {row.share:.3g} of {int(row.entries)}, of random "
-        f"masks {row.random:.3g} ({row.random_low:.3g} to {row.random_high:.3g}), in as many random heads "
-        f"{row.heads_mean:.3g} ({row.heads_low:.3g} to {row.heads_high:.3g}).",
+        f"The mask's weights {how} ({listed}): {percent(row.share)} of its {int(row.entries)}, of random "
+        f"masks {percent(row.random)} ({percent(row.random_low)} to {percent(row.random_high)}), in as many "
+        f"random heads {percent(row.heads_mean)} ({percent(row.heads_low)} to {percent(row.heads_high)}).",
         float(p),
     )
     arms = effect.set_index("arm")

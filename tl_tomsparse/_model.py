@@ -324,12 +324,14 @@ class ModelView(ModelFacts):
         Args:
             tokens: right-padded rows; or *packed* ones, which hold several continuations of one beginning.
             attention: True at real tokens; of packed rows, True where a query may look at a key. Not every
-                model obeys a mask of the second kind (`HookedTransformer` does not).
+                model obeys a mask of the second kind (`HookedTransformer` does not). One of the first kind
+                is not passed on: no token looks at the padding on its right, and under a mask padding that
+                can look at nothing (in a short sliding window) becomes nan, which spreads.
             positions: of each token in its own continuation; needed for packed rows.
         """
         device = self.device
         if positions is None:
-            options = {"attention_mask": attention.to(device=device, dtype=torch.long)}
+            options = {"attention_mask": torch.ones_like(tokens, device=device, dtype=torch.long)}
         else:
             mask = attention[:, None].to(device)
             options = {"attention_mask": mask, "position_ids": positions.to(device)}

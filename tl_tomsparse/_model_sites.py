@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_tomsparse._checks import TomsparseError
-from tl_tomsparse._model_weights import Key
+from tl_tomsparse._model_weights import IN_ATTENTION, Key
 
 if TYPE_CHECKING:
     from tl_tomsparse._model import ModelView
@@ -108,15 +108,14 @@ class Sites:
                     break
             else:
                 norm = self._norm_that_follows(layer, matrix, seen)
-                why = (
-                    f"before a norm that follows it ({norm})"
-                    if norm
-                    else "(if hooks that change activations are installed, call model.reset_hooks() first)"
-                )
-                self.reasons.setdefault(
-                    matrix,
-                    f"in layer {layer} no hook point shows the product of its input and weight {why}",
-                )
+                first = next(key for key in keys if key[1] == matrix)
+                if matrix in IN_ATTENTION and weight.shape[0] != model_view.shape(first)[0]:
+                    why = f"layers {first[0]} and {layer} have heads of other sizes, or other numbers of them"
+                else:
+                    what = f"in layer {layer} no hook point shows the product of its input and weight"
+                    hooks = "(if hooks that change activations are installed, call model.reset_hooks() first)"
+                    why = f"{what} before a norm that follows it ({norm})" if norm else f"{what} {hooks}"
+                self.reasons.setdefault(matrix, why)
         # All layers that have a matrix, or none: a mask of some would pass for one of the whole model.
         self.pairs = {key: pair for key, pair in self.pairs.items() if key[1] not in self.reasons}
 

@@ -43,7 +43,11 @@ class Weights:
             )
         self._check_loaded()
         every = [(layer, matrix) for layer in range(int(model.cfg.n_layers)) for matrix in MATRICES]
-        self.readable: list[Key] = [key for key in every if self._is_readable(key)]
+        self._uneven: dict[str, str] = {}
+        there = [key for key in every if self._is_readable(key)]
+        # In every layer or in none: a mask of some layers would pass for one of the whole model.
+        self.readable: list[Key] = [key for key in there if key[1] not in self._uneven]
+        self.reasons |= self._uneven
         readable = {matrix for _, matrix in self.readable}
         if not readable & set(IN_ATTENTION):
             why = "; ".join(dict.fromkeys(self.reasons.values()))
@@ -88,14 +92,15 @@ class Weights:
         part = "attn" if matrix in IN_ATTENTION else "mlp"
         block = self._model.blocks[layer]
         if part not in block._modules:
-            raise LookupError(f"its layers have no {'attention' if part == 'attn' else 'MLP'} of their own")
+            what = "attention" if part == "attn" else "MLP"
+            raise LookupError(f"TransformerLens shows no {what} in some of its layers")
         owner = block._modules[part]
         if isinstance(self._model, TransformerBridge):
             linear = owner._modules.get(matrix.lower())
             component = getattr(linear, "original_component", None)
             if component is None:
                 raise LookupError(f"its {part} has no {matrix} matrix of its own")
-            self._check_stored(layer, matrix, component, *component.parameters(), *component.buffers())
+            self._check_stored(layer, matrix, component)
             if not isinstance(component, nn.Linear | Conv1D):
                 raise LookupError(f"{matrix} is a {type(component).__name__}, not a plain linear layer")
             return component, "weight", isinstance(component, Conv1D)
@@ -113,6 +118,13 @@ class Weights:
         except LookupError as error:
             self.reasons[key[1]] = str(error)
             return False
+        if key[1] in IN_ATTENTION and weight.ndim == 2:
+            n = weight.shape[self._owner(key)[2] == (key[1] != "O")]
+            if n % self._d_head:
+                self._uneven[key[1]] = (
+                    f"in layer {key[0]} the heads of {key[1]} have {n} dimensions together, no multiple of "
+                    f"{self._d_head}"
+                )
         if weight.is_inference():
             raise TomsparseError(
                 f"{self._name} was loaded in torch.inference_mode(), where PyTorch does not count writes to "
@@ -120,9 +132,14 @@ class Weights:
             )
         return True
 
-    def _check_stored(self, layer: int, matrix: str, module: nn.Module, *tensors: Tensor) -> None:
-        """Refuse weights in a few bits, whatever module holds them."""
-        for tensor in tensors:
+    def _check_stored(self, layer: int, matrix: str, module: nn.Module, weight: Any = None) -> None:
+        """Refuse weights in a few bits, whatever module holds them and under whatever name; integers beside
+        whole weights are something else (the table of a router).
+        """
+        weight = getattr(module, "weight", None) if weight is None else weight
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() >= 2:
+            return
+        for tensor in (weight,) if isinstance(weight, Tensor) else (*module.parameters(), *module.buffers()):
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 raise TomsparseError(
                     f"{self._name} is quantised ({matrix} of layer {layer} is a {type(module).__name__} with "

@@ -27,6 +27,16 @@ _NAMES = {
     "norm_q": "norm of q",
     "norm_k": "norm of k",
 }
+_AXES = {
+    "log_perplexity": "change (nats)",
+    "sinks_shifted": "share of sinks",
+    "sink_rate": "change of share",
+    "attention": "change of share",
+    "turn": "degrees from 90",
+    "turn_others": "degrees from 90",
+    "norm_q": "relative change",
+    "norm_k": "relative change",
+}
 _FIRST = ("false_belief", "true_belief", "log_perplexity", "turn", "sinks_shifted")
 
 
@@ -95,9 +105,11 @@ def component_effects(found: ComponentEffects, *, measures: Sequence[str] | None
             row=1, col=place,
         )  # fmt: skip
         figure.add_vline(x=0, line={"color": GREY, "width": 1, "dash": "dot"}, row=1, col=place)
+        axis = {"text": _AXES.get(measure, "change of accuracy"), "font": {"size": 12}}
+        figure.update_xaxes(title=axis, row=1, col=place)
     order = [labels[name] for name in first.component]
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1])
     figure.update_xaxes(nticks=5)
-    return finish(figure, height=150 + 26 * len(order)).update_layout(
+    return finish(figure, height=180 + 26 * len(order)).update_layout(
         margin_t=80, legend_y=1 + 30 / (26 * len(order))
     )

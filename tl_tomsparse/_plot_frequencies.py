@@ -55,7 +55,7 @@ def frequency_norms(
     """Norm (root mean square) of each rotary frequency in each head, fast frequencies on the left.
 
     With more than 100 heads rows are layers (root mean square over their heads), and a menu shows the heads
-    of one layer. All panels of norms have one range of colours.
+    of one layer. Panels of norms side by side have one range of colours.
 
     Args:
         norms: what to show.
@@ -148,7 +148,7 @@ def _heatmaps(
                 "method": "update",
                 "args": [
                     {"visible": [shown == number for shown in range(len(views)) for _ in titles]},
-                    _axes(view, len(titles)),
+                    _axes(view, len(titles)) | _ranges(view, quantity),
                 ],
             }
             for number, view in enumerate(views)
@@ -158,7 +158,7 @@ def _heatmaps(
     rows = len(views[0].labels)
     panel = round(max(5.0, min(16.0, 760 / rows)) * rows) if len(views) == 1 else 400
     above, below = 90 if len(views) > 1 else 40, 130
-    _colours(figure, views, quantity, panel)
+    _colours(figure, views[0], quantity, panel)
     return finish(figure, height=above + panel + below).update_layout(margin={"t": above, "b": below})
 
 
@@ -226,40 +226,34 @@ def _axes(view: _View, n_panels: int) -> dict[str, Any]:
     return axes | {"yaxis.title.text": view.rows}
 
 
-def _colours(figure: go.Figure, views: Sequence[_View], quantity: _Quantity, height: int) -> None:
-    """One range for all values, another one for all changes, each bar below its panels of this height."""
+def _ranges(view: _View, quantity: _Quantity) -> dict[str, float]:
+    """Of the colours: one for all values that are shown at once, another one for their change."""
+    top = max(float(np.nanmax(np.abs(panel))) for panel in view.panels[:2]) or 1.0
+    found = {"coloraxis.cmin": -top if quantity.signed else 0.0, "coloraxis.cmax": top}
+    for change in view.panels[2:]:
+        reach = float(np.nanmax(np.abs(change))) or 1.0
+        found |= {"coloraxis2.cmin": -reach, "coloraxis2.cmax": reach}
+    return found
+
+
+def _colours(figure: go.Figure, view: _View, quantity: _Quantity, height: int) -> None:
+    """Each bar below its panels of this height."""
     bar: dict[str, Any] = {"orientation": "h", "thickness": 12, "yanchor": "top", "y": -60 / height}
     diverging = {"colorscale": "RdBu", "reversescale": True}
-    top = max(float(np.nanmax(np.abs(panel))) for view in views for panel in view.panels[:2]) or 1.0
-    several = len(views[0].panels) > 1
+    several = len(view.panels) > 1
+    place = {"x": 0.32 if several else 0.5, "len": 0.6}
     figure.update_layout(
         coloraxis={
             **(diverging if quantity.signed else {"colorscale": "Viridis"}),
-            "cmin": -top if quantity.signed else 0,
-            "cmax": top,
-            "colorbar": {
-                **bar,
-                "title": {"text": quantity.title, "side": "top"},
-                "x": 0.32 if several else 0.5,
-                "len": 0.6,
-            },
+            "colorbar": {**bar, **place, "title": {"text": quantity.title, "side": "top"}},
         }
     )
     if several:
-        reach = max(float(np.nanmax(np.abs(view.panels[2]))) for view in views) or 1.0
+        title = {"text": f"change of {quantity.name}", "side": "top"}
         figure.update_layout(
-            coloraxis2={
-                **diverging,
-                "cmin": -reach,
-                "cmax": reach,
-                "colorbar": {
-                    **bar,
-                    "title": {"text": f"change of {quantity.name}", "side": "top"},
-                    "x": 0.85,
-                    "len": 0.3,
-                },
-            }
+            coloraxis2={**diverging, "colorbar": {**bar, "x": 0.85, "len": 0.3, "title": title}}
         )
+    figure.update_layout(_ranges(view, quantity))
 
 
 def mask_by_frequency(frame: pd.DataFrame) -> go.Figure:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._plot_style import GREY, RED, finish, one_edit, step
+from tl_tomsparse._sink_token import key_name
 from tl_tomsparse.sink import BosAngles, check_alike
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def bos_angles(angles: BosAngles, *, after: BosAngles | None = None) -> go.Figur
         {layer: degrees.nanmean(0).numpy() for layer, degrees in one.to_sink.items()}
         for one in _both(angles, after)
     ]
-    return _maps(shown, "angle", "°", ("%{z:.1f}", "%{z:+.1f}"), middle=90.0)
+    what = f"angle between queries and the key of {key_name(angles.position, angles.bos)}"
+    return _maps(shown, what, "°", ("%{z:.1f}", "%{z:+.1f}"), middle=90.0)
 
 
 def sinks(attention: SinkAttention, *, after: SinkAttention | None = None) -> go.Figure:
@@ -57,7 +59,8 @@ def sinks(attention: SinkAttention, *, after: SinkAttention | None = None) -> go
         {layer: share.nanmean(0).numpy() for layer, share in one.attention.items()}
         for one in _both(attention, after)
     ]
-    return _maps(shown, "attention", "", ("%{z:.2f}", "%{z:+.2f}"), middle=None)
+    what = f"attention to {key_name(attention.position, attention.bos)}, mean over queries"
+    return _maps(shown, what, "", ("%{z:.2f}", "%{z:+.2f}"), middle=None)
 
 
 def _both(first: Any, second: Any) -> list[Any]:
@@ -116,10 +119,10 @@ def _maps(
     if several:
         figure.update_layout(
             coloraxis2={
-                **_range(panels[2], 0.0),
+                **_range(panels[2], 0.0, reverse=middle is None),
                 "colorbar": {
                     **bar,
-                    "title": {"text": f"change of {name}", "side": "top"},
+                    "title": {"text": f"change{f' ({unit})' if unit else ''}", "side": "top"},
                     "len": 0.3,
                     "x": 0.85,
                 },
@@ -131,12 +134,12 @@ def _maps(
     return finish(figure, height=height + 170).update_layout(margin_b=130)
 
 
-def _range(values: Any, middle: float | None) -> dict[str, Any]:
-    """From 0 upwards in one colour, or as far to both sides of `middle`."""
+def _range(values: Any, middle: float | None, *, reverse: bool = False) -> dict[str, Any]:
+    """From 0 upwards in one colour, or as far to both sides of `middle`: blue above it, or reversed."""
     if middle is None:
         return {"colorscale": "Viridis", "cmin": 0, "cmax": max(1e-6, float(np.nanmax(values)))}
     reach = float(np.nanmax(np.abs(values - middle))) or 1.0
-    return {"colorscale": "RdBu", "reversescale": middle == 0, "cmin": middle - reach, "cmax": middle + reach}
+    return {"colorscale": "RdBu", "reversescale": reverse, "cmin": middle - reach, "cmax": middle + reach}
 
 
 def angle_histogram(degrees: pd.DataFrame | BosAngles) -> go.Figure:

@@ -2,15 +2,15 @@
 
     more_than_<control>      false-belief accuracy falls more than under the control; under random masks also
                              more than 95 % of them
-    selective                the fall of false belief exceeds that of true belief
-    dose                     accuracy falls, on average over doublings of kappa
-    rescue                   leaving the most sensitive half of the mask as it is gives back more than leaving
+    selective                the fall of false belief exceeds that of true belief, and so beyond random masks
+    dose                     accuracy falls, on average over doublings of kappa, and so beyond random masks
+    rescue                   leaving the most sensitive half of the mask unedited gives back more than leaving
                              a random half
     stable, seeds_agree      masks from two halves of the stories, and from stories of two seeds, have more in
                              common than chance
-    transfers_to_<...>       a mask made from one kind of story lowers false belief in the other; the mask,
-                             second-order answers
-    transfers_from_wordings  a mask made from stories in other wordings lowers false belief in these
+    transfers_to_<...>       a mask made from one kind of story lowers false belief in the other, the mask
+                             second-order answers, and more than random masks do
+    transfers_from_wordings  a mask made from stories in other wordings lowers false belief in these, likewise
     diagonal_predicts        the true change of the loss is within a factor of 2 of what the diagonal predicts
     amplifying_helps         1.5 times the masked weights raises false-belief accuracy, and more than 1.5
                              times random ones
@@ -18,9 +18,10 @@
 
 The last two are not testable where accuracy cannot rise.
 
-A comparison is supported only where its sentence is true of the numbers too: what falls more has fallen, what
-gives back more gives back some of a fall; what helps more has the larger p-value of that and of having
-helped. What a transfer asks about must be answered above chance.
+A claim of several parts has the largest of their p-values: what falls more must be shown to fall, what gives
+back more to give back some of a fall, what helps more to help, what random masks might do as well to exceed
+them. What a transfer asks about must be answered above chance. Where the loss of every answer could not be
+shown among so many claims, those of damage are not testable.
 
 Every claim that has no obstacle is one of a family with Holm-adjusted p-values at 0.05. "paper" says where
 arXiv 2504.04238 stands; "not asked" where it has no such control.
@@ -86,6 +87,7 @@ def claims_of(evidence: Evidence) -> list[StudyClaim]:
     for name, estimate, test in maker.all():
         estimates[name] = estimate
         tests.append(test)
+    tests = maker.where_enough(tests)
     out = []
     for claim in (gate, *decide(tests)):
         estimate = estimates.get(claim.claim, maker.of_effect(claim.claim))
@@ -139,6 +141,25 @@ class _Maker:
         made += [self._diagonal(), self._amplify(), self._tuning()]
         return made
 
+    def where_enough(self, tests: list[Test]) -> list[Test]:
+        """Claims of damage are not testable where even the loss of every answer would not be shown."""
+        n = sum(test.obstacle is None for test in tests)
+        totals = self.compare.measures.totals.get("false_belief")
+        if totals is None or not n:
+            return tests
+        groups = int((totals > 0).sum())
+        p = n * self.compare.share_of(-totals, "false_belief").p_below()
+        if p <= ALPHA:
+            return tests
+        few = (
+            f"{groups} groups of stories and {self.evidence.n_draws} draws are too few for {n} claims: were "
+            f"every answer lost, the Holm-adjusted p-value could be {min(1.0, p):.2g}."
+        )
+        return [
+            test._replace(obstacle=few) if test.obstacle is None and _of_damage(test.claim) else test
+            for test in tests
+        ]
+
     def _obstacle(self, *families: str) -> str | None:
         if not self.evidence.sizes["mask"]:
             return "the mask is empty, so nothing was edited."
@@ -171,13 +192,15 @@ class _Maker:
         found = estimate()
         return name, found, Test(name, None, p(found), holds(), lambda yes: sentence(found, yes))
 
-    def _below(self, family: str, what: str) -> Callable[[Estimate, bool], str]:
+    def _below(
+        self, family: str, what: str, further: Callable[[], str] = str
+    ) -> Callable[[Estimate, bool], str]:
         def sentence(found: Estimate, yes: bool) -> str:
             falls = "falls more" if yes else "is not shown to fall more"
             mask, other = (self.compare.accuracy(name, "false_belief").mean() for name in ("mask", family))
             return (
                 f"False-belief accuracy {falls} than under {what}: {percent(mask)} against "
-                f"{percent(other)} ({in_points(found)})."
+                f"{percent(other)} ({further()}{in_points(found)})."
             )
 
         return sentence
@@ -189,17 +212,24 @@ class _Maker:
             words = f"{len(self.compare.families[family])} random masks are too few; use at least 19."
             return name, _NONE, Test(name, words, 1.0, False, str)
 
-        def holds() -> bool:
+        def as_low() -> tuple[int, int]:
             seeds = self.compare.accuracy(family, "false_belief")
-            as_low = int((seeds <= self.compare.accuracy("mask", "false_belief")[0]).sum())
-            return self._falls() and bool((1 + as_low) / (1 + len(seeds)) <= ALPHA + 1e-9)
+            return int((seeds <= self.compare.accuracy("mask", "false_belief")[0]).sum()), len(seeds)
+
+        def holds() -> bool:
+            low, n = as_low()
+            return (1 + low) / (1 + n) <= ALPHA + 1e-9
+
+        def counted() -> str:
+            low, n = as_low()
+            return f"{low} of {n} as low; "
 
         return self._test(
             name,
             (family,),
             lambda: self.compare.change("mask", family, "false_belief"),
-            Estimate.p_below,
-            self._below(family, NAMES.get(family, family.replace("_", " "))),
+            self._p_of_a_fall,
+            self._below(family, NAMES.get(family, family.replace("_", " ")), counted),
             holds,
         )
 
@@ -210,50 +240,55 @@ class _Maker:
             f"more_than_{family}",
             (family,),
             lambda: self.compare.change("mask", family, "false_belief"),
-            Estimate.p_below,
+            self._p_of_a_fall,
             self._below(family, what),
-            self._falls,
         )
 
-    def _falls(self) -> bool:
-        """Whether there is a fall at all: less than another rise is no fall."""
-        return self._higher("before", "mask")
-
-    def _higher(self, family: str, other: str) -> bool:
-        of, than = (self.compare.accuracy(name, "false_belief").mean() for name in (family, other))
-        return bool(of > than)
+    def _p_of_a_fall(self, *estimates: Estimate) -> float:
+        """That these are below 0, and that the mask lowers accuracy at all: less than a rise is no fall."""
+        fall = self.compare.change("mask", "before", "false_belief")
+        return max(found.p_below() for found in (fall, *estimates))
 
     def _selective(self) -> tuple[str, Estimate, Test]:
         if "true_belief" not in self.compare.measures.names:
             obstacle = "no question of the category true_belief is asked."
             return "selective", _NONE, Test("selective", obstacle, 1.0, False, str)
 
+        def beyond() -> Estimate:
+            return self.compare.interaction("mask", "false_belief", "true_belief", "random_matrix")
+
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls more" if yes else "is not shown to fall more"
-            return f"False belief {how} than true belief ({in_points(found)})."
+            return f"False belief {how} than true belief ({in_points(found)}; {_than_random(beyond())})."
 
         return self._test(
             "selective",
-            ("mask",),
-            lambda: self.compare.interaction("mask", "false_belief", "true_belief"),
-            Estimate.p_below,
+            ("mask", "random_matrix"),
+            lambda: self.compare.interaction("mask", "false_belief", "true_belief", "before"),
+            lambda found: self._p_of_a_fall(found, beyond()),
             sentence,
-            self._falls,
         )
 
     def _dose(self) -> tuple[str, Estimate, Test]:
         doses = {f"dose_{dose:g}": dose for dose in DOSES if f"dose_{dose:g}" in self.compare.families}
-        families = [*doses, "mask"]
+        families, steps = [*doses, "mask"], [*doses.values(), 1.0]
+        random = [*(f"{dose}_random" for dose in doses), "random_matrix"]
+
+        def beyond() -> Estimate:
+            return self.compare.slope(families, steps, "false_belief", random)
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "falls" if yes else "is not shown to fall"
-            return f"False-belief accuracy {how} on average with a doubling of kappa ({in_points(found)})."
+            return (
+                f"False-belief accuracy {how} on average with a doubling of kappa ({in_points(found)}; "
+                f"{_than_random(beyond())})."
+            )
 
         return self._test(
             "dose",
-            (*(doses or ("dose",)),),
-            lambda: self.compare.slope(families, [*doses.values(), 1.0], "false_belief"),
-            Estimate.p_below,
+            (*(doses or ("dose",)), *random),
+            lambda: self.compare.slope(families, steps, "false_belief"),
+            lambda found: max(found.p_below(), beyond().p_below()),
             sentence,
         )
 
@@ -261,7 +296,7 @@ class _Maker:
         def sentence(found: Estimate, yes: bool) -> str:
             how = "gives back more" if yes else "is not shown to give back more"
             return (
-                f"Leaving the most sensitive half of the mask as it is {how} than leaving a random half "
+                f"Leaving the most sensitive half of the mask unedited {how} than leaving a random half "
                 f"({in_points(found)})."
             )
 
@@ -269,9 +304,12 @@ class _Maker:
             "rescue",
             ("rescue_0.5", "rescue_0.5_random"),
             lambda: self.compare.change("rescue_0.5", "rescue_0.5_random", "false_belief"),
-            Estimate.p_above,
+            lambda found: max(
+                found.p_above(),
+                self.compare.change("rescue_0.5", "mask", "false_belief").p_above(),
+                self._p_of_a_fall(),
+            ),
             sentence,
-            lambda: self._falls() and self._higher("rescue_0.5", "mask"),
             few="rescue_0.5_random",
         )
 
@@ -309,13 +347,16 @@ class _Maker:
 
         def sentence(found: Estimate, yes: bool) -> str:
             how = "lowers" if yes else "is not shown to lower"
-            return f"The mask made from {of} {how} accuracy about {asked} ({in_points(found)})."
+            than = _than_random(self.compare.change(family, "random_matrix", measure))
+            return f"The mask made from {of} {how} accuracy about {asked} ({in_points(found)}; {than})."
 
         return self._test(
             name,
-            (family,),
+            (family, "random_matrix"),
             lambda: self.compare.change(family, "before", measure),
-            Estimate.p_below,
+            lambda found: max(
+                found.p_below(), self.compare.change(family, "random_matrix", measure).p_below()
+            ),
             sentence,
         )
 
@@ -343,8 +384,8 @@ class _Maker:
             second = loss.samples["second_order"].mean()
             return (
                 f"The change of the loss {how} within a factor of 2 of what the diagonal predicts: "
-                f"{found.value:+.3f} nats ({found.low:+.3f} to {found.high:+.3f}), predicted "
-                f"{loss.diagonal:+.3f}; gradient and whole Hessian along the edit predict {second:+.3f}."
+                f"{found.value:+.3g} nats ({found.low:+.3g} to {found.high:+.3g}), predicted "
+                f"{loss.diagonal:+.3g}; gradient and whole Hessian along the edit predict {second:+.3g}."
             )
 
         return name, found, Test(name, None, found.p_within(low, high), True, sentence)
@@ -399,7 +440,17 @@ class _Maker:
         )
 
 
+def _of_damage(claim: str) -> bool:
+    return claim.startswith("more_than_") or claim in ("false_belief_falls", "selective", "dose", "rescue")
+
+
 def in_points(found: Estimate) -> str:
     """A difference of accuracies as it is written in sentences."""
     value, low, high = (f"{100 * number:+.1f}" for number in (found.value, found.low, found.high))
     return f"difference {value} points, 95 % interval {low} to {high}"
+
+
+def _than_random(found: Estimate) -> str:
+    """The same beyond random masks of equal size."""
+    value, low, high = (f"{100 * number:+.1f}" for number in (found.value, found.low, found.high))
+    return f"beyond random masks {value}, {low} to {high}"

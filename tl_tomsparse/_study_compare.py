@@ -56,22 +56,31 @@ class Comparer:
         difference = self.counts(family, measure) - self.counts(other, measure)
         return self._bootstrap.ratio(difference, self.measures.totals[measure])
 
-    def interaction(self, family: str, measure: str, other: str) -> Estimate:
-        """The change of one measure minus the change of another, both from the unedited model."""
+    def interaction(self, family: str, measure: str, other: str, reference: str) -> Estimate:
+        """The change of one measure minus the change of another, both against the same family."""
         terms = [
-            (self.counts(family, name) - self.counts("before", name), self.measures.totals[name])
+            (self.counts(family, name) - self.counts(reference, name), self.measures.totals[name])
             for name in (measure, other)
         ]
         return self._bootstrap.contrast(terms)
 
-    def slope(self, families: Sequence[str], doses: Sequence[float], measure: str) -> Estimate:
-        """Least-squares slope of accuracy on log2(dose): the change for each doubling."""
+    def share_of(self, numerator: Floats, measure: str) -> Estimate:
+        """What these sums of the groups are of the questions."""
+        return self._bootstrap.ratio(numerator, self.measures.totals[measure])
+
+    def slope(
+        self, families: Sequence[str], doses: Sequence[float], measure: str, minus: Sequence[str] = ()
+    ) -> Estimate:
+        """Least-squares slope of accuracy on log2(dose), the change for each doubling; less that of other
+        families at the same doses.
+        """
         x = np.log2(np.asarray(doses))
         x = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
         # In units of the steepest slope that an answer can have: so steep are the groups, too, that smoothing
         # adds, which lose or gain every answer.
         steepest = np.abs(x).sum() / 2
         total = sum(w * self.counts(family, measure).mean(1) for w, family in zip(x / steepest, families))
+        total -= sum(w * self.counts(family, measure).mean(1) for w, family in zip(x / steepest, minus))
         found = self._bootstrap.ratio(np.asarray(total), self.measures.totals[measure])
         return Estimate(*(steepest * part for part in (found.value, found.low, found.high, found.draws)))
 

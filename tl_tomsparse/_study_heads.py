@@ -14,7 +14,7 @@ from tl_tomsparse._checks import TomsparseError
 from tl_tomsparse._study_stories import BELIEFS, Stories, belief_stories
 from tl_tomsparse.head_protocol import heads_and_mask
 from tl_tomsparse.heads import KnockoutMeter
-from tl_tomsparse.locate import locate_heads
+from tl_tomsparse.locate import locate_heads, with_enough_sets
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.verdict import Claim
 
@@ -65,6 +65,7 @@ def study_heads(
                 checkpoint=out / f"heads_{split}.safetensors",
                 show_progress=show_progress,
             )
+        with_enough_sets(meters["dev"].heads)
     except TomsparseError as error:
         return HeadSection(obstacle=f"Not testable here: {error}")
     located = locate_heads(

@@ -19,7 +19,7 @@ from tl_tomsparse._material import general_texts, stored_sensitivity
 from tl_tomsparse._prepared import PreparedScoring, PreparedText, prepare_scoring, prepare_text
 from tl_tomsparse._study_stories import CHUNKS, Stories, facts, generated_set, own_set, parts
 from tl_tomsparse.mask import SparseMask
-from tl_tomsparse.ranking import rank_entries, top_fraction
+from tl_tomsparse.ranking import top_fraction
 from tl_tomsparse.samples import Samples, story_samples, text_samples
 from tl_tomsparse.sensitivity import Sensitivity
 from tl_tomsparse.stories import Story, generate_texts, relabelled
@@ -180,11 +180,8 @@ def n_masks(material: Material) -> int:
 
 def lowest(sensitivity: Sensitivity, like: SparseMask) -> SparseMask:
     """As many entries of each matrix as a mask has, those of the smallest sensitivity."""
-    turned = Sensitivity(
-        {key: value.max() - value for key, value in sensitivity.items()},
-        sensitivity.n_samples,
-        sensitivity.identity,
-    )
-    ranked = rank_entries(turned, kappa_max=1.0)
-    entries = {key: ranked.entries[key][: len(like.entries[key])] for key in like.entries}
+    entries = {
+        key: sensitivity[key].flatten().sort(stable=True).indices[: len(index)]
+        for key, index in like.entries.items()
+    }
     return SparseMask(like.identity, like.shapes, entries)

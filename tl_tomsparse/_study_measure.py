@@ -18,7 +18,7 @@ from tl_tomsparse._study_arms import FEW, Arm, given
 from tl_tomsparse._study_material import Material, merged
 from tl_tomsparse._study_stories import CHUNKS
 from tl_tomsparse.edit import SparseEdit
-from tl_tomsparse.experiment import auto_kappas, choose_kappa, kappa_sweep
+from tl_tomsparse.experiment import KappaChoice, auto_kappas, choose_kappa, kappa_sweep
 from tl_tomsparse.loss_change import TERMS, LossChange, loss_change
 from tl_tomsparse.mask import SparseMask
 from tl_tomsparse.ranking import top_fraction
@@ -40,7 +40,7 @@ def choose(
     settings: StudySettings,
     progress: Callable[[str], None],
     bars: Mapping[str, Any],
-) -> float:
+) -> KappaChoice:
     kappas = auto_kappas(sensitivities["task"])
     progress(f"Choosing one of {len(kappas)} sparsities on {len(material.dev)} dev stories")
     sweep = kappa_sweep(
@@ -55,7 +55,7 @@ def choose(
         prepend_bos=settings.prepend_bos,
         **bars,
     )
-    return choose_kappa(sweep).kappa
+    return choose_kappa(sweep)
 
 
 def study_meter(model: Any, material: Material, store: Stored, resume: Iterable[PointRecord]) -> PointMeter:

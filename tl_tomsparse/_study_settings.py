@@ -63,7 +63,9 @@ class StudySettings:
     n_draws: int = 10_000
 
     def quick(self) -> StudySettings:
-        """A smaller one, for a first look: fewer stories, and random masks as few as a claim allows."""
+        """A smaller one, for a first look: estimates with their intervals. Of generated stories there are too
+        few for claims of damage, which are "not testable" then; random masks are as few as a claim allows.
+        """
         return replace(
             self,
             stories=64,

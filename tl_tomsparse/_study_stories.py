@@ -143,7 +143,7 @@ def check_own(stories: Mapping[str, Sequence[Story]]) -> Stories:
     Raises:
         TomsparseError: other splits than train, dev and test; something that is no story; no false-belief
             question; stories that were made for another split; two stories of one id; an id, a group or a
-            text in two splits.
+            text (but for white space) in two splits; a question without two different options.
     """
     if not isinstance(stories, Mapping) or set(stories) != set(_SPLITS):
         found = sorted(stories) if isinstance(stories, Mapping) else type(stories).__name__
@@ -164,7 +164,13 @@ def check_own(stories: Mapping[str, Sequence[Story]]) -> Stories:
     seen: dict[tuple[str, str], str] = {}
     for split, some in own.items():
         for story in some:
-            for what, value in (("id", story.id), ("group", _group(story)), ("text", story.text)):
+            if single := next((q for q in story.questions if len(set(q.options)) < 2), None):
+                raise TomsparseError(
+                    f"Story {story.id!r} of stories[{split!r}] asks {single.text!r} with the options "
+                    f"{single.options}; there must be at least two different ones."
+                )
+            text = " ".join(story.text.split())
+            for what, value in (("id", story.id), ("group", _group(story)), ("text", text)):
                 if (other := seen.setdefault((what, value), split)) != split:
                     raise TomsparseError(
                         f"Story {story.id!r} of stories[{split!r}] has the same {what} as one of "

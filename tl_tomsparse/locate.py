@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import comb
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from tl_tomsparse.heads import (
     measure_knockouts,
     n_out,
 )
-from tl_tomsparse.recovery import HeadEffects, held_out_r2, recover_heads
+from tl_tomsparse.recovery import FEWEST, HeadEffects, held_out_r2, recover_heads
 from tl_tomsparse.verdict import Claim
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 Baseline = Literal["random", "single", "greedy", "thompson"]
 BASELINES: tuple[Baseline, ...] = ("random", "single", "greedy", "thompson")
+SHARES = (0.02, 0.05, 0.1, 0.2)
 _PILOT_FOLDS = 5
 
 
@@ -96,7 +98,7 @@ def locate_heads(
     heads: Sequence[Head] | None = None,
     test: Meter | None = None,
     share: float | None = None,
-    shares: Sequence[float] = (0.02, 0.05, 0.1, 0.2),
+    shares: Sequence[float] = SHARES,
     kind: Kind = "balanced",
     solver: SolverName = "lasso",
     penalty: Penalty = "cv",
@@ -119,8 +121,8 @@ def locate_heads(
         heads: (layer, head) of each column; the meter's by default.
         test: the same score on other prompts, which nothing is chosen on.
         share: of the heads that one measurement knocks out; by default chosen by a pilot.
-        shares: that the pilot tries: the smallest one whose held-out R^2 is within a standard error of the
-            best is chosen.
+        shares: that the pilot tries, where there are at least ten different sets of so many heads: the
+            smallest one whose held-out R^2 is within a standard error of the best is chosen.
         kind: of the design; see `knockout_design`.
         solver: see `recover_heads`.
         penalty: see `recover_heads`.
@@ -138,8 +140,8 @@ def locate_heads(
         seed: of everything drawn.
 
     Raises:
-        TomsparseError: no heads for a meter that is a function; a test meter of other heads; a number or
-            share out of range; scores that are not finite.
+        TomsparseError: so few heads that there are no ten sets of them; no heads for a meter that is a
+            function; a test meter of other heads; a number or share out of range; scores that are not finite.
     """
     given = getattr(meter, "heads", None) if heads is None else heads
     if given is None:
@@ -225,10 +227,7 @@ def _pilot(
         return measure_knockouts(
             meter, knockout_design(heads, n, share=share, kind=kind, seed=seed)
         ), pd.DataFrame()
-    if not shares:
-        raise TomsparseError("shares is empty; pass for example (0.02, 0.05, 0.1, 0.2), or one share.")
-    for each in shares:
-        check_share(each)
+    shares = with_enough_sets(heads, shares)
     rows: list[dict[str, Any]] = []
     tried: dict[int, Knockouts] = {}
     for each in sorted(shares):
@@ -247,6 +246,21 @@ def _pilot(
         best = int(np.argmax((table.r2 >= top.r2 - (top.high - top.low) / 4).to_numpy()))
     table["chosen"] = np.arange(len(table)) == best
     return tried[int(table.n_out[best])], table
+
+
+def with_enough_sets(heads: Sequence[Head], shares: Sequence[float] = SHARES) -> list[float]:
+    """The shares of which there are enough different sets of heads to tell their effects apart."""
+    if not shares:
+        raise TomsparseError("shares is empty; pass for example (0.02, 0.05, 0.1, 0.2), or one share.")
+    for each in shares:
+        check_share(each)
+    enough = [each for each in shares if comb(len(heads), n_out(each, heads)) >= FEWEST]
+    if not enough:
+        raise TomsparseError(
+            f"Of {len(heads)} heads there are fewer than {FEWEST} different sets to knock out at any of the "
+            f"shares {', '.join(f'{each:g}' for each in shares)}; with so few heads, knock out each alone."
+        )
+    return enough
 
 
 def _until_enough(

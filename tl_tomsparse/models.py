@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -239,28 +240,35 @@ def _logits_before(hf: Any, path: str, device: torch.device) -> tuple[Tensor, Te
     except RuntimeError as error:
         raise TomsparseError(
             f"{path} ({hf.config.model_type}) cannot be run in {hf.dtype} by transformers itself: "
-            f"{_first_line(error)}; load it with dtype=torch.float32."
+            f"{_first_line(error)}{_in_float32(error, hf.dtype)}."
         ) from error
 
 
 @torch.no_grad()
 def _check_logits(model: Any, tokens: Tensor, expected: Tensor, backend: Backend) -> None:
-    """Refuse a conversion that changes the function: the row as it is, and beginning a row with padding after
-    it, under an attention mask, as everything here runs the model.
+    """Refuse a conversion that changes the function, and a model in which what follows changes what was
+    before, since rows are padded on the right: the row as it is, and with other tokens at its end.
     """
-    real = torch.arange(tokens.shape[1], device=tokens.device)[None] < max(1, tokens.shape[1] - 8)
-    for mask, what in ((None, ""), (real, " under an attention mask")):
-        options = {} if mask is None else {"attention_mask": mask.long()}
-        found: Tensor = model(tokens, return_type="logits", **options).float()
-        rows = slice(None) if mask is None else mask
-        apart = (found - expected)[rows].square().mean(-1).sqrt().max() / expected.std()
-        exact = model.cfg.dtype in (torch.float32, torch.float64)
-        if not apart <= (1e-3 if exact else 0.1):
-            other = 'backend="bridge"' if backend == "hooked" else "another version of transformer-lens"
+    short = max(1, tokens.shape[1] - 8)
+    other = tokens.clone()
+    other[:, short:] = tokens[:, :1]
+    exact = model.cfg.dtype in (torch.float32, torch.float64)
+    for row, n in ((tokens, tokens.shape[1]), (other, short)):
+        found: Tensor = model(row, attention_mask=torch.ones_like(row), return_type="logits").float()
+        apart = (found - expected)[:, :n].square().mean(-1).sqrt().max() / expected.std()
+        if apart <= (1e-3 if exact else 0.1):
+            continue
+        if n < len(row[0]):
             raise TomsparseError(
-                f"TransformerLens computes other logits for this model than transformers{what} ({backend}: "
-                f"{float(apart):.2g} standard deviations apart at one position); use {other}."
+                "This model is not causal: other tokens after a position change its logits (by "
+                f"{float(apart):.2g} standard deviations). Only decoders can be examined."
             )
+        cure = 'backend="bridge"' if backend == "hooked" else "another version of transformer-lens"
+        raise TomsparseError(
+            "TransformerLens computes other logits for this model under an attention mask than transformers "
+            f"without one ({backend}: {float(apart):.2g} standard deviations apart at one position); use "
+            f"{cure}."
+        )
 
 
 def _cure(error: Exception, backend: Backend, dtype: torch.dtype) -> str:
@@ -271,15 +279,21 @@ def _cure(error: Exception, backend: Backend, dtype: torch.dtype) -> str:
             f"; TransformerLens {version('transformer-lens')} reads {error.name!r} from the configuration, "
             f"where transformers {version('transformers')} no longer has it.{other}"
         )
-    if isinstance(error, NotImplementedError):
-        return f".{other}"
-    return "." + (" Try dtype=torch.float32." if dtype != torch.float32 else "")
+    return f"{_in_float32(error, dtype)}.{other}"
+
+
+def _in_float32(error: Exception, dtype: torch.dtype) -> str:
+    """The advice to load in float32, where an error speaks of types of numbers."""
+    about = re.search(r"dtype|scalar type|Half|BFloat16|Double|not implemented for", str(error))
+    return "; load it with dtype=torch.float32" if about and dtype != torch.float32 else ""
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     if not text:
         return type(error).__name__
+    if text[0].endswith(":") and len(text) > 1:  # a heading, of a list of weights that do not fit
+        text[0] = f"{text[0]} {text[-1].strip()}"
     # TransformerLens lists all it knows; the first sentence says what is wrong.
     line = text[0] if len(text[0]) < 240 else text[0].partition(". ")[0][:240]
     return f"{type(error).__name__}: {line.rstrip('.')}"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 STABLE = 0.8  # share of resamples from which a head counts as chosen whatever the measurements
 _FLAT = 0.05  # gain of R^2 by twice the measurements below which more of them are not worth it
-_FEWEST = 10
+FEWEST = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +143,9 @@ def recover_heads(
         raise TomsparseError(f"level={level!r} is outside (0, 1), for example 0.05.")
     out, scores = _distinct(knockouts)
     n = len(scores)
-    if n < _FEWEST:
+    if n < FEWEST:
         raise TomsparseError(
-            f"{n} different measurements are too few to recover anything; use at least {_FEWEST}, or, with "
+            f"{n} different measurements are too few to recover anything; use at least {FEWEST}, or, with "
             "few heads, knock out each alone."
         )
     chosen = Solver(solver, penalty)
@@ -185,7 +185,7 @@ def held_out_r2(knockouts: Knockouts, solver: Solver, *, folds: int, seed: int) 
     ten measurements are different.
     """
     out, scores = _distinct(knockouts)
-    if len(scores) < _FEWEST:
+    if len(scores) < FEWEST:
         return float("nan"), float("nan"), float("nan")
     return _held_out(solver, out, scores, folds, seed)[1]
 

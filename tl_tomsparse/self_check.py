@@ -131,7 +131,8 @@ def _matrices(seen: ModelView) -> Check:
     detail = f"{', '.join(seen.matrices)} in {seen.n_layers} layers" + (
         f" (not {missing})" if missing else ""
     )
-    return Check("matrices", "yes", detail)
+    found: Status = "yes" if {"Q", "K"} & set(seen.matrices) else "no"
+    return Check("matrices", found, detail)
 
 
 def _basis(seen: ModelView) -> Check:
@@ -204,6 +205,8 @@ def _edit(seen: ModelView, samples: Samples, seed: int) -> tuple[Status, str]:
         hooked = _logits(seen, samples)
     changed = float((inside - plain).norm())
     apart = float((inside - hooked).norm()) / max(changed, 1e-12)
+    if not plain.isfinite().all():
+        return "no", "its logits are not finite"
     same = all(torch.equal(weight, seen.weight(key)) for key, weight in before.items())
     if not same or not torch.equal(_logits(seen, samples), plain):
         return "no", "the weights are not what they were after an edit"
@@ -249,7 +252,10 @@ def _bos(seen: ModelView) -> tuple[Status, str]:
         return "not there", "no tokenizer"
     if seen.bos_token_id is None:
         return "not there", "the tokenizer has no token for the beginning of a text"
-    return "yes", f"{seen.tokenizer.decode([seen.bos_token_id])!r}, id {seen.bos_token_id}"
+    token = f"{seen.tokenizer.decode([seen.bos_token_id])!r}, id {seen.bos_token_id}"
+    if seen.bos_token_id == getattr(seen.tokenizer, "eos_token_id", None):
+        return "yes", f"{token}: the end-of-text token stands in for it"
+    return "yes", token
 
 
 @torch.no_grad()

@@ -320,6 +320,7 @@ class _Pass:
         self.row_names = row_names
 
 
+@torch.inference_mode(False)  # in which a caller may be, and where there are no gradients
 def fisher_diagonal(
     model: Any,
     samples: Samples,

@@ -97,7 +97,8 @@ class SinkAttention:
     """How much attention one token gets.
 
     Attributes:
-        attention: for each layer `[n, heads]`, float64: mean over the queries of a sample that see the token.
+        attention: for each layer `[n, heads]`, float64: mean over the queries of a sample from the token on;
+            those that a sliding window keeps from it count with 0.
         position: of the token in each row; a tuple of one for each row where they differ.
         bos: whether rows begin with BOS.
         ids: of the samples.

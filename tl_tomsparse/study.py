@@ -219,7 +219,11 @@ def study(
             sensitivities = read_sensitivities(material, out)
             finished, store = stack.enter_context(stored_points(out / "points.jsonl"))
             bars: dict[str, Any] = {"on_point": store, "resume": finished, "show_progress": show_progress}
-            kappa = settings.kappa or choose(model, material, sensitivities, settings, progress, bars)
+            if settings.kappa is None:
+                choice = choose(model, material, sensitivities, settings, progress, bars)
+                kappa, facts["kappa_reason"] = choice.kappa, choice.reason
+            else:
+                kappa, facts["kappa_reason"] = settings.kappa, "Kappa was given, not chosen here."
             work = make_work(model, sensitivities, kappa, settings)
             masks = work.masks
             if helpers is not None:

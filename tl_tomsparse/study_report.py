@@ -101,6 +101,7 @@ def _in_short(study: Study) -> str:
     return (
         f'<p class="lead">{len(study.masks["mask"])} weights (kappa {study.kappa:g}); '
         f"{len(study.claims)} claims: {escape(found)}.</p>"
+        f"<p>{escape(study.facts['kappa_reason'])}</p>"
     )
 
 

@@ -151,7 +151,7 @@ class _Reader:
             )
             return Test(name, few, 1.0, False, str)
         row = self._differences.loc[("mask - random", "false_belief")]
-        before, after = (self._accuracy.loc[(arm, "false_belief")].accuracy for arm in ("before", "mask"))
+        after = self._accuracy.loc[("mask", "false_belief")].accuracy
         as_low = int((seeds <= after).sum())
         rank_p = (1 + as_low) / (1 + len(seeds))
 
@@ -164,8 +164,9 @@ class _Reader:
                 f"of {random} ({span}, {as_low} of them as low; {_change(row)})."
             )
 
-        holds = bool(after < before and rank_p <= ALPHA + 1e-9)  # to rise less is not to fall
-        return Test(name, None, float(row.p_below), holds, sentence)
+        fall = self._differences.loc[("mask - before", "false_belief")]
+        p = max(float(row.p_below), float(fall.p_below))  # to rise less is not to fall
+        return Test(name, None, p, rank_p <= ALPHA + 1e-9, sentence)
 
     def stays(self, measure: str) -> Test:
         name, words = f"{measure}_stays", measure.replace("_", "-").capitalize()
