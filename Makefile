@@ -26,7 +26,7 @@ run: $(INSTALLED)
 	$(BIN)/tomsparse run --out $(OUT)
 
 test: $(EXTRAS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 tests demos
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake --nbmake-timeout=600 demos tests
 
 lint: $(EXTRAS)
 	$(BIN)/ruff check .
